@@ -15,7 +15,7 @@ import numpy as np
 
 from emu_jax import bench
 from emu_jax.data import DataConfig
-from emu_jax.data.batches import Positions, RowBuilder, Share, plan_rows
+from emu_jax.data.batches import Positions, RowAssignment, RowBuilder, plan_rows
 from emu_jax.data.known_lengths import KnownLengths
 from emu_jax.data.lengths import TokenLengths
 from emu_jax.data.mixture import OpenSource, make_groups
@@ -53,14 +53,14 @@ def measure(source: OpenSource, rows: int, hosts: int, row_group: int) -> dict:
         row_group=row_group,
     )
     (group,) = make_groups(cfg, RowBuilder.requires, [source])
-    share = Share(group, [range(rows // hosts)])
+    assignment = RowAssignment(group, [range(rows // hosts)])
     positions: Positions = ((0, 0),) * group.streams
     documents, seconds = 0, []
     # All streams pack their first blocks in the first step. A round of `_ROUND` steps uses up one
     # block of each, so that its mean is that of a long run.
     for _ in range(_ROUND * max(1, _TIMED_ROWS // (_ROUND * (rows // hosts)))):
         began = time.process_time()
-        planned = plan_rows(share, positions)
+        planned = plan_rows(assignment, positions)
         seconds.append(time.process_time() - began)
         positions = planned.positions
         documents += len(planned.placements)

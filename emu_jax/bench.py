@@ -26,7 +26,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -235,7 +235,7 @@ def _settings(settings: Sequence[str], modules: Mapping[str, ModuleType]) -> dic
 
 
 def take_turns(
-    parts: Mapping[str, Callable[[], Any]],
+    parts: Mapping[str, Callable[[], float | None]],
     turns: int = 5,
     *,
     clock: Callable[[], float] = time.perf_counter,
@@ -296,12 +296,12 @@ def figures_table(figures: Figures) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Formats a Markdown table of figures."""
     return markdown.table(head, [[shown(cell) for cell in row] for row in rows])
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Formats one figure: `1.23 ± 0.04`, `12,300`, or `-` if not measured."""
     if value is None:
         return "-"
@@ -334,7 +334,7 @@ class Page:
     def __init__(self, path: Path) -> None:
         self.path, self.records_path = path, path.with_suffix(".json")
 
-    def check(self, names: Any) -> None:
+    def check(self, names: Iterable[str]) -> None:
         """Checks that the file can take the tables of the named benchmarks.
 
         Raises:

@@ -36,6 +36,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from emu_jax import integrity
 from emu_jax.config import EmuConfig, load_json
@@ -196,7 +197,7 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
 
 
 def _misfits(stored: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """Returns what is wrong with each wanted array that is not stored in its shape."""
+    """Describes each wanted array that is not stored in its shape."""
     for key in wanted:
         if f"{key}.values" in stored:
             return [f"{key} is quantized: use the checkpoint that it was made from"]
@@ -417,8 +418,8 @@ def tower_of(path: str) -> str:
 
 def save_base(directory: Path, towers: dict[str, Path]) -> None:
     """Writes base.json: the run directories of the towers that the steps of `directory` omit."""
-    places = {tower: relative(parent, directory) for tower, parent in towers.items()}
-    write_text(directory / "base.json", json.dumps(places, indent=1) + "\n")
+    bases = {tower: relative(parent, directory) for tower, parent in towers.items()}
+    write_text(directory / "base.json", json.dumps(bases, indent=1) + "\n")
 
 
 def base_of(directory: Path) -> dict[str, Path]:
@@ -427,24 +428,24 @@ def base_of(directory: Path) -> dict[str, Path]:
     Raises:
         UserError: a base is missing, or the bases form a cycle.
     """
-    places = _noted_base(directory)
-    for parent in set(places.values()):
+    bases = _read_base(directory)
+    for parent in set(bases.values()):
         _check_bases(parent, [directory.resolve()])
-    return places
+    return bases
 
 
-def _noted_base(directory: Path) -> dict[str, Path]:
+def _read_base(directory: Path) -> dict[str, Path]:
     note = directory / "base.json"
     if not note.is_file():
         return {}
     try:
-        places = {t: join(directory, p) for t, p in json.loads(note.read_text()).items()}
+        bases = {t: join(directory, p) for t, p in json.loads(note.read_text()).items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{note} is damaged ({error}): write {{tower: run directory}}") from None
-    for parent in places.values():
+    for parent in bases.values():
         if not parent.is_dir():
             raise UserError(f"{note} names {parent}, which is not there: correct it in that file")
-    return places
+    return bases
 
 
 def _check_bases(directory: Path, users: list[Path]) -> None:
@@ -459,7 +460,7 @@ def _check_bases(directory: Path, users: list[Path]) -> None:
             f"{users[-1] / 'base.json'} names {resolved}, which is based on it itself: write the "
             "run directory that it was trained from"
         )
-    for parent in set(_noted_base(directory).values()):
+    for parent in set(_read_base(directory).values()):
         _check_bases(parent, [*users, resolved])
 
 
@@ -489,8 +490,8 @@ def read_parent(
         ours = wanted[path]
 
         def resize_table(
-            table: jax.Array, axis: int = axis, shape: tuple[int, ...] = ours.shape
-        ) -> jax.Array:
+            table: Float[Array, "_ _"], axis: int = axis, shape: tuple[int, ...] = ours.shape
+        ) -> Float[Array, "_ _"]:
             old = jnp.moveaxis(table, axis, 0)[: parent_llama.vocab_size]
             mean = jnp.mean(old.astype(jnp.float32), axis=0, keepdims=True).astype(old.dtype)
             more = jnp.repeat(mean, shape[axis] - parent_llama.vocab_size, axis=0)

@@ -35,7 +35,7 @@ class VisionConfig:
     mlp_width: int = 6144
     clip_width: int = 1024  # of the contrastive head, which Emu itself does not use
     eps: float = 1e-6
-    post_norm: bool = False  # normalize what a block adds to the stream, not what it reads
+    post_norm: bool = False  # normalize the output of attention and MLP, not their input
     final_norm: bool = True  # the final norm and the contrastive head exist
 
     @property
@@ -186,7 +186,7 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 16.0
-    dropout: float = 0.05  # of what an adapter reads, in training
+    dropout: float = 0.05  # of an adapter's input, in training
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def __post_init__(self) -> None:
@@ -455,7 +455,7 @@ class TokenIds:
     bos: int = 1
     eos: int = 2
     pad: int = 32000
-    img: int = 32001  # opens an image
+    img: int = 32001  # starts an image
     img_end: int = 32002
     image: int = 32003  # stands for one visual embedding
     frame: int | None = None  # stands for one embedding of a video frame; None: `image` does

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,15 @@ from emu_jax.config import SchedulerConfig
 from emu_jax.errors import UserError, suggest
 from emu_jax.models.backend import kernels
 
+# Latents, timesteps and condition to the predicted noise or velocity.
+Denoiser: TypeAlias = Callable[
+    [Float[Array, "B h w C"], Int[Array, "B"], Float[Array, "B N D"]], Float[Array, "B h w C"]
+]
+
 
 @functools.cache
 def alphas_cumprod(cfg: SchedulerConfig) -> Float[np.ndarray, "timesteps"]:
-    """Returns the share of signal variance left at each training timestep, float64, read-only.
+    """Returns the fraction of signal variance left at each training timestep, float64, read-only.
 
     Raises:
         UserError: `beta_schedule` is unknown.
@@ -135,7 +140,7 @@ def initial_state(latents: Float[Array, "B h w C"]) -> SamplerState:
 
 
 def sample(
-    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    denoise: Denoiser,
     latents: Float[Array, "B h w C"],
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "B N D"] | None = None,
@@ -166,7 +171,7 @@ def sample(
 
 
 def advance(
-    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    denoise: Denoiser,
     state: SamplerState,
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "B N D"] | None = None,
@@ -192,20 +197,22 @@ def advance(
         uncond = None
     dtype = cond.dtype if dtype is None else dtype
 
-    def call(x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
+    def call(
+        x: Float[Array, "B h w C"], t: Int[Array, ""], cond: Float[Array, "B N D"]
+    ) -> Float[Array, "B h w C"]:
         return denoise(x, jnp.broadcast_to(t, x.shape[:1]), cond).astype(jnp.float32)
 
     guided = None if uncond is None else kernels().guided_denoiser(call, cond, uncond)
     table = jax.tree.map(jnp.asarray, table)
 
-    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+    def predict(x: Float[Array, "B h w C"], t: Int[Array, ""]) -> Float[Array, "B h w C"]:
         x = x.astype(dtype)
         if guided is None:
             return call(x, t, cond)
         out, unconditional = guided(x, t)
         return unconditional + guidance * (out - unconditional)
 
-    def step(i: jax.Array, state: SamplerState) -> SamplerState:
+    def step(i: Int[Array, ""], state: SamplerState) -> SamplerState:
         x, row = state.latents, jax.tree.map(lambda column: column[i], table)
         m = row.convert[0] * x + row.convert[1] * predict(x, row.t)
         recent = jnp.concatenate([m[None], state.past])
@@ -269,8 +276,13 @@ def _euler(cfg: SchedulerConfig, steps: int) -> Steps:
     return _deterministic(cfg, t, alphas[t], np.append(alphas[t[1:]], 1.0))
 
 
-def _deterministic(cfg: SchedulerConfig, t: np.ndarray, a: np.ndarray, a_next: np.ndarray) -> Steps:
-    """Returns DDIM's table with eta = 0, given the signal shares before and after each step."""
+def _deterministic(
+    cfg: SchedulerConfig,
+    t: Int[np.ndarray, "steps"],
+    a: Float[np.ndarray, "steps"],
+    a_next: Float[np.ndarray, "steps"],
+) -> Steps:
+    """Returns DDIM's table with eta = 0, given the signal variances before and after each step."""
     along = (a_next / a) ** 0.5
     across = (1 - a_next) ** 0.5 - (a_next * (1 - a) / a) ** 0.5
     noise = _noise_conversion(cfg, a)
@@ -306,12 +318,12 @@ METHODS: dict[str, Callable[[SchedulerConfig, int], Steps]] = {
 
 
 def _table(
-    t: np.ndarray,
+    t: Int[np.ndarray, "steps"],
     *,
     convert: ArrayLike,
     carry: ArrayLike,
     weights: ArrayLike,
-    keep: np.ndarray | None = None,
+    keep: Bool[np.ndarray, "steps"] | None = None,
 ) -> Steps:
     """Returns `Steps` in the device's dtypes. Every m is kept unless `keep` is given."""
     keep = np.ones(len(t), bool) if keep is None else keep
@@ -319,7 +331,9 @@ def _table(
     return Steps(t.astype(np.int32), a, b, c, keep)
 
 
-def _first(column: np.ndarray, width: int = 2) -> np.ndarray:
+def _first(
+    column: Float[np.ndarray, "steps"], width: int = 2
+) -> Float[np.ndarray, "steps {width}"]:
     """Pads `column` with columns of zeros to `width`."""
     return np.pad(column[:, None], ((0, 0), (0, width - 1)))
 
@@ -349,22 +363,26 @@ def _timesteps(cfg: SchedulerConfig, steps: int, ends: bool = False) -> Int[np.n
 
 
 def _alphas(
-    cfg: SchedulerConfig, t: np.ndarray, t_next: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns signal shares at `t` and at `t_next`, which may be past the clean end."""
+    cfg: SchedulerConfig, t: Int[np.ndarray, "steps"], t_next: Int[np.ndarray, "steps"]
+) -> tuple[Float[np.ndarray, "steps"], Float[np.ndarray, "steps"]]:
+    """Returns signal variances at `t` and at `t_next`, which may be past the clean end."""
     alphas = alphas_cumprod(cfg)
     clean = 1.0 if cfg.set_alpha_to_one else alphas[0]
     return alphas[t], np.where(t_next >= 0, alphas[t_next], clean)
 
 
-def _noise_conversion(cfg: SchedulerConfig, a: np.ndarray) -> np.ndarray:
+def _noise_conversion(
+    cfg: SchedulerConfig, a: Float[np.ndarray, "steps"]
+) -> Float[np.ndarray, "steps 2"]:
     """Returns weights on (latents, denoiser output) that give the noise."""
     if _predicts_velocity(cfg):
         return np.stack([(1 - a) ** 0.5, a**0.5], 1)
     return np.tile([0.0, 1.0], (len(a), 1))
 
 
-def _latents_conversion(cfg: SchedulerConfig, a: np.ndarray) -> np.ndarray:
+def _latents_conversion(
+    cfg: SchedulerConfig, a: Float[np.ndarray, "steps"]
+) -> Float[np.ndarray, "steps 2"]:
     """Returns weights on (latents, denoiser output) that give the noiseless latents."""
     if _predicts_velocity(cfg):
         return np.stack([a**0.5, -((1 - a) ** 0.5)], 1)

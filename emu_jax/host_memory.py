@@ -1,4 +1,4 @@
-"""The host memory of a process: measuring what no file backs, and returning freed memory."""
+"""The host memory of a process: measuring anonymous memory, and returning freed memory."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class PeakMemory:
 def release_freed_memory() -> None:
     """Returns freed memory to the system.
 
-    glibc keeps what a thread freed in an arena of that thread. After some large reads or saves on
-    different threads, that adds up to several copies.
+    glibc keeps the memory that a thread freed in that thread's arena. After large reads or saves on
+    several threads, this adds up to several copies.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

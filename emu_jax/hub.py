@@ -239,7 +239,7 @@ def record_sources(folder: Path, sources: Mapping[str, HubSource]) -> None:
 
 
 def recorded_sources(folder: Path) -> dict[str, HubSource]:
-    """Returns what `record_sources` wrote, or {}.
+    """Returns the sources recorded by `record_sources`, or {}.
 
     Raises:
         UserError: the file is damaged.

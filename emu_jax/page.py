@@ -12,7 +12,6 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +36,7 @@ def tiles(values: Mapping[str, str]) -> str:
     return f'<div class="tiles">{shown}</div>'
 
 
-def html_table(values: Mapping[str, Any]) -> str:
+def html_table(values: Mapping[str, object]) -> str:
     """Formats {name: figure} as a table with one row each."""
     rows = "".join(
         f"<tr><th scope=row>{words(k)}</th><td>{html.escape(number(v))}</td></tr>"
@@ -46,7 +45,7 @@ def html_table(values: Mapping[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
-def details(title: str, values: Mapping[str, Any] | None) -> str:
+def details(title: str, values: Mapping[str, object] | None) -> str:
     """Formats values as JSON in a collapsed section. Returns "" if there are none."""
     if not values:
         return ""
@@ -96,7 +95,7 @@ def words(name: str) -> str:
     return html.escape(name.replace("_", " "))
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """Formats a figure for display."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {number(v)}" for k, v in value.items()) or "none"

@@ -281,7 +281,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def dotted(path: tuple[Any, ...]) -> str:
+def dotted(path: tuple[object, ...]) -> str:
     """Returns a tree path in the form `visual.blocks.attn.qkv`."""
     return ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
 
@@ -315,13 +315,15 @@ class AbstractModel:
 
     def init(self, without: Iterable[str] = ()) -> dict[str, jax.Array]:
         """Initializes all parameters but those in `without`, each on the devices that hold it."""
-        places = {path: where for path, where in self.shardings.items() if path not in without}
+        shardings = {
+            path: sharding for path, sharding in self.shardings.items() if path not in without
+        }
 
         def make() -> dict[str, jax.Array]:
             params = self.params(self._build())
-            return {path: params[path] for path in places}
+            return {path: params[path] for path in shardings}
 
-        return jax.jit(make, out_shardings=places)()
+        return jax.jit(make, out_shardings=shardings)()
 
     def params(self, module: nnx.Module) -> dict[str, jax.Array]:
         """Returns the flat parameters of a module with this structure."""

@@ -673,10 +673,10 @@ def shipped(folder: str) -> Path:
     """
     package = Path(__file__).parent
     checkout = (package.parent / "pyproject.toml").is_file()
-    place = (package.parent if checkout else package) / folder
-    if not place.is_dir():
-        raise UserError(f"{place} is missing: reinstall emu_jax, or run it from a clone")
-    return place
+    path = (package.parent if checkout else package) / folder
+    if not path.is_dir():
+        raise UserError(f"{path} is missing: reinstall emu_jax, or run it from a clone")
+    return path
 
 
 def refuse_stand_in(path: Path) -> None:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Int, UInt8
 
 from emu_jax import diffusion
 from emu_jax.checkpoint import refuse_quantized, run_shapes
@@ -199,7 +200,7 @@ def verdict_table(rows: list[TensorVerdict]) -> str:
 def _open(golden: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     for name in ("expected.npz", "meta.json"):
         if not (golden / name).is_file():
-            raise UserError(f"{golden} is no golden folder: it lacks {name}")
+            raise UserError(f"{golden} is not a golden folder: it lacks {name}")
     try:
         with np.load(golden / "expected.npz") as stored:
             expected = {key: stored[key] for key in stored}
@@ -289,12 +290,12 @@ class _Recording:
     # --- Computations ---
 
     @functools.cached_property
-    def features(self) -> tuple[jax.Array, jax.Array]:
+    def features(self) -> tuple[Float[Array, "I P D"], Float[Array, "I P D"]]:
         features = _features(self.model, self.pixels)
         return features, layer_of(self.model, "ln_visual", LayerNorm)(features)
 
     @functools.cached_property
-    def embeddings(self) -> jax.Array:
+    def embeddings(self) -> Float[Array, "I N E"]:
         return _embeddings(self.model, self.pixels)
 
     def prompt_parts(self, text: str, start: int = 0) -> list[Any]:
@@ -314,7 +315,7 @@ class _Recording:
             start += sum(not isinstance(p, str) for p in prompts[-1])
         return prompts
 
-    def encoded(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encoded(self, texts: list[str]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
         """Returns ids of right-padded texts, and the mask of real tokens."""
         rows = [self.tokenizer.encode(text) for text in texts]
         ids = np.full((len(rows), max(map(len, rows))), self.cfg.tokens.pad, np.int64)
@@ -323,7 +324,7 @@ class _Recording:
             ids[n, : len(row)], mask[n, : len(row)] = row, 1
         return ids, mask
 
-    def run(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
+    def run(self, ids: Int[np.ndarray, "B T"], mask: Int[np.ndarray, "B T"]) -> dict[str, Array]:
         """Returns embeddings, hidden states, logits and regressions of right-padded rows.
 
         The images of the rows are the recorded ones, in order.
@@ -375,7 +376,7 @@ class _Recording:
     def train(self, what: str) -> Any:
         return self.trained[what]
 
-    def token_cases(self) -> np.ndarray:
+    def token_cases(self) -> Int[np.ndarray, "B T"]:
         self.check_token_cases("tokenizer_cases")
         return self.trained["ids"]
 
@@ -389,7 +390,7 @@ class _Recording:
             if self.tokenizer.encode(case["text"]) != case["ids"]:
                 raise Difference(f"not equal: the ids of {case['text']!r}")
 
-    def generated(self, tag: str) -> np.ndarray:
+    def generated(self, tag: str) -> Int[np.ndarray, "B T"]:
         recorded = self.meta["generate"][tag]
         length = {"max_new_tokens": self.meta.get("spec", {}).get("new_tokens")}
         settings = self.meta["generate_defaults"] | length | recorded["kw"]
@@ -401,7 +402,7 @@ class _Recording:
         prompts: Sequence[Sequence[Any]],
         settings: dict[str, Any],
         texts: Sequence[str] | None,
-    ) -> np.ndarray:
+    ) -> Int[np.ndarray, "B T"]:
         """Returns the ids generated with these settings, and checks the texts that equal ids
         read."""
         skip_special = settings.get("skip_special_tokens", True)
@@ -429,7 +430,7 @@ class _Recording:
         return [self.emu.rank([spec["text"][2], Normalized(self.pixels[0])], spec["candidates"])]
 
     @functools.cache  # noqa: B019 (one recording lives as long as its verification)
-    def regressed(self, tag: str) -> jax.Array:
+    def regressed(self, tag: str) -> Float[Array, "B N E"]:
         text = self.meta["spec"]["text"]
         pixels = [Normalized(image) for image in self.pixels]
         context = {
@@ -439,7 +440,7 @@ class _Recording:
         }[tag]()
         return self.emu.regress([context, [""]])
 
-    def condition(self, part: str) -> jax.Array:
+    def condition(self, part: str) -> Float[Array, "B N E"]:
         """Returns the recomputed regression that equals the recorded condition of the decoder."""
         theirs = self.expected[f"{part}/cond"]
         for tag in ("text_only", "in_context", "blend"):
@@ -448,14 +449,14 @@ class _Recording:
                 return self.regressed(tag)
         raise Difference("repeats none of the recorded gen_image/*")
 
-    def denoised(self) -> np.ndarray:
+    def denoised(self) -> Float[np.ndarray, "B C h w"]:
         sample = np.moveaxis(self.expected["unet/sample"], 1, -1)
         t = np.broadcast_to(self.expected["unet/t"], len(sample))  # shared, or one per row
         cond = self.expected["unet/cond"]
         out = _denoise(self.model.unet, sample, jnp.asarray(t, jnp.int32), cond)
         return np.moveaxis(np.asarray(out), -1, 1)
 
-    def autoencoded(self, what: str) -> np.ndarray:
+    def autoencoded(self, what: str) -> Float[np.ndarray, "B C h w"]:
         if what == "decoded":
             out = _decode(self.model.vae, np.moveaxis(self.expected["vae/mean"], 1, -1))
         else:
@@ -463,11 +464,11 @@ class _Recording:
             out = mean if what == "mean" else logvar
         return np.moveaxis(np.asarray(out), -1, 1)
 
-    def timesteps(self, steps: str, guidance: str) -> np.ndarray:
+    def timesteps(self, steps: str, guidance: str) -> Int[np.ndarray, "steps"]:
         return np.asarray(diffusion.sampling_steps(self.cfg.scheduler, int(steps)).t)
 
     @functools.cache  # noqa: B019
-    def latents(self, steps: str, guidance: str) -> jax.Array:
+    def latents(self, steps: str, guidance: str) -> Float[Array, "B h w C"]:
         start = jnp.asarray(np.moveaxis(self.expected["sample/init_latents"], 1, -1))
         # Conditional rows before unconditional ones; one pair for all latents, or one per latent.
         rows = jnp.asarray(self.expected["sample/cond"])
@@ -487,13 +488,13 @@ class _Recording:
             "pndm",
         )
 
-    def sampled(self, steps: str, guidance: str) -> np.ndarray:
+    def sampled(self, steps: str, guidance: str) -> Float[np.ndarray, "B C h w"]:
         return np.moveaxis(np.asarray(self.latents(steps, guidance)), -1, 1)
 
-    def painted(self, steps: str, guidance: str) -> jax.Array:
+    def painted(self, steps: str, guidance: str) -> Float[Array, "B Hh Ww 3"]:
         return _paint(self.model, self.latents(steps, guidance))
 
-    def preprocessed(self, number: str, path: str) -> np.ndarray:
+    def preprocessed(self, number: str, path: str) -> Float[np.ndarray, "3 side side"]:
         for video in self.meta.get("video_frame_indices", ()) if path == "process_img" else ():
             chosen = frame_indices(video["frames"], video["segments"]).tolist()
             if chosen != video["indices"]:
@@ -583,7 +584,7 @@ class _Emu2Recording(_Recording):
             return Normalized(np.moveaxis(recorded, 0, -1))
         return Normalized(np.moveaxis(self.preprocessed(str(number)), 0, -1))
 
-    def preprocessed(self, number: str, path: str = "pipeline") -> np.ndarray:
+    def preprocessed(self, number: str, path: str = "pipeline") -> Float[np.ndarray, "3 side side"]:
         file = self.golden / f"preprocess_{number}.png"
         pixels = normalize_images(jnp.asarray(load_image(file, self.cfg.vision.image_size)))
         return np.moveaxis(np.asarray(pixels), -1, 0)
@@ -652,7 +653,9 @@ class _Emu2Recording(_Recording):
             "regressed": regressed[:, recorded],
         }
 
-    def embed(self, pixels: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    def embed(
+        self, pixels: Float[np.ndarray, "I side side 3"], frames: Bool[np.ndarray, "I"]
+    ) -> Float[np.ndarray, "I N E"]:
         """Returns the embeddings of images, which one program computes one by one. Zeros follow
         those of a frame."""
         rows = zip(pixels[:, None], frames[:, None], strict=True)
@@ -693,13 +696,15 @@ class _Emu2Recording(_Recording):
     def left(self, what: str) -> Any:
         return self.padded_left[what]
 
-    def encoded_images(self, chat: str | None, kind: str, up: str | None) -> np.ndarray | Array:
+    def encoded_images(
+        self, chat: str | None, kind: str, up: str | None
+    ) -> Float[Array | np.ndarray, "I N _"]:
         pixels = self.recorded_image(0).pixels[None] if chat else self.pixels
         out = self.embed(pixels, np.full(len(pixels), kind == "v"))
         out = out[:, : self.cfg.n_frame] if kind == "v" else out
         return self.model.to_language(jnp.asarray(out)) if up else out
 
-    def null(self) -> np.ndarray:
+    def null(self) -> Float[np.ndarray, "1 N E"]:
         size = self.cfg.vision.image_size
         return self.embed(np.zeros((1, size, size, 3), np.float32), np.zeros(1, bool))
 
@@ -715,12 +720,14 @@ class _Emu2Recording(_Recording):
     def video(self, tag: str, what: str) -> Any:
         return self.video_read(tag)[what]
 
-    def video_answer(self, tag: str, kind: str) -> np.ndarray:
+    def video_answer(self, tag: str, kind: str) -> Int[np.ndarray, "1 T"]:
         return self.answer(
             f"{tag}/{kind}/ids", self.video_prompt(tag), self.meta["video"][tag], kind
         )
 
-    def answer(self, key: str, parts: list[Any], recorded: dict, kind: str) -> np.ndarray:
+    def answer(
+        self, key: str, parts: list[Any], recorded: dict, kind: str
+    ) -> Int[np.ndarray, "1 T"]:
         """Returns the ids of one recorded answer to a prompt."""
         answer = recorded["out"][kind]
         settings = self.meta["generate_defaults"] | answer["kw"]
@@ -756,11 +763,11 @@ class _Emu2Recording(_Recording):
     def chat(self, tag: str, what: str) -> Any:
         return self.chat_read(tag)[what]
 
-    def chat_answer(self, tag: str, kind: str) -> np.ndarray:
+    def chat_answer(self, tag: str, kind: str) -> Int[np.ndarray, "1 T"]:
         parts = self.chat_prompt(tag)
         return self.answer(f"chat/{tag}/{kind}/ids", parts, self.meta["chat"][tag], kind)
 
-    def hub_chat(self, tag: str) -> np.ndarray:
+    def hub_chat(self, tag: str) -> Int[np.ndarray, "1 T"]:
         recorded = self.meta["chat_hub"][tag]
         count = recorded["content"].count(_STILL)
         parts = converse(
@@ -771,7 +778,7 @@ class _Emu2Recording(_Recording):
         return Prompt.of(parts, self.tokenizer, self.cfg).tokens[None]
 
     @functools.cache  # noqa: B019
-    def regressed(self, tag: str) -> jax.Array:
+    def regressed(self, tag: str) -> Float[Array, "B N E"]:
         recorded = self.meta["gen_image"][tag]
         prompts, left = [], list(recorded["pictures"])
         for text in recorded["text"]:
@@ -780,7 +787,7 @@ class _Emu2Recording(_Recording):
             left = left[count:]
         return self.emu.regress(prompts)
 
-    def condition(self, part: str) -> jax.Array:
+    def condition(self, part: str) -> Float[Array, "B N E"]:
         """Returns the recomputed regression that equals the recorded condition of the decoder."""
         recorded = self.expected[f"{part}/cond"]
         for tag in self.meta["gen_image"]:
@@ -789,7 +796,7 @@ class _Emu2Recording(_Recording):
                 return self.regressed(tag)
         raise Difference("repeats none of the recorded gen_image/*")
 
-    def denoised(self) -> np.ndarray:
+    def denoised(self) -> Float[np.ndarray, "B C h w"]:
         recorded = {name: self.expected[f"unet/{name}"] for name in ("t", "cond", "text_embeds")}
         out = _denoise(
             self.model.unet,
@@ -802,7 +809,7 @@ class _Emu2Recording(_Recording):
         return np.moveaxis(np.asarray(out), -1, 1)
 
     @functools.cache  # noqa: B019
-    def sample_condition(self, tag: str) -> np.ndarray:
+    def sample_condition(self, tag: str) -> Float[np.ndarray, "B N E"]:
         """Returns the conditional rows before the unconditional ones of a recorded image."""
         recorded = self.meta["sampling"][tag]
         parts = [
@@ -815,10 +822,10 @@ class _Emu2Recording(_Recording):
             return np.concatenate([cond, self.null()]) if guided else cond
         return np.asarray(self.emu.regress([parts, [""]][: 1 + guided]))
 
-    def pooled(self, tag: str) -> np.ndarray:
+    def pooled(self, tag: str) -> Float[np.ndarray, "B E"]:
         return self.sample_condition(tag).mean(axis=1)
 
-    def sizes(self, tag: str) -> np.ndarray:
+    def sizes(self, tag: str) -> Float[np.ndarray, "6"]:
         recorded = self.meta["sampling"][tag]
         sizes = image.size_condition(
             self.cfg,
@@ -829,23 +836,23 @@ class _Emu2Recording(_Recording):
         assert sizes is not None
         return sizes
 
-    def time_ids(self, tag: str) -> np.ndarray:
+    def time_ids(self, tag: str) -> Int[np.ndarray, "B 6"]:
         rows = len(self.expected[f"sample/{tag}/time_ids"])
         return np.broadcast_to(self.sizes(tag), (rows, 6)).astype(np.int64)
 
-    def sample_timesteps(self, tag: str) -> np.ndarray:
+    def sample_timesteps(self, tag: str) -> Int[np.ndarray, "steps"]:
         steps = self.meta["sampling"][tag]["num_inference_steps"]
         return np.asarray(diffusion.sampling_steps(self.cfg.scheduler, steps, "euler").t)
 
-    def sigmas(self, tag: str) -> np.ndarray:
+    def sigmas(self, tag: str) -> Float[np.ndarray, "_"]:
         alphas = diffusion.alphas_cumprod(self.cfg.scheduler)[self.sample_timesteps(tag)]
         return np.append(((1 - alphas) / alphas) ** 0.5, 0.0)
 
-    def noise_scale(self, tag: str) -> np.ndarray:
+    def noise_scale(self, tag: str) -> np.floating:
         return np.sqrt(np.square(self.sigmas(tag)[0]) + 1)
 
     @functools.cache  # noqa: B019
-    def sample_latents(self, tag: str) -> jax.Array:
+    def sample_latents(self, tag: str) -> Float[Array, "B h w C"]:
         recorded = self.meta["sampling"][tag]
         start = jnp.asarray(np.moveaxis(self.expected[f"sample/{tag}/init_latents"], 1, -1))
         rows = self.sample_condition(tag)
@@ -867,7 +874,7 @@ class _Emu2Recording(_Recording):
         pixels = np.asarray(_paint(self.model, latents))
         return np.round(pixels * 255).astype(np.uint8) if what == "image_uint8" else pixels
 
-    def boxes(self) -> np.ndarray:
+    def boxes(self) -> UInt8[np.ndarray, "B side side"]:
         return np.stack([box_image(tuple(box))[..., 0] for box in self.meta["boxes"]])
 
 

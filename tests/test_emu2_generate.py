@@ -224,7 +224,9 @@ def test_embedding_regression(base, expected):
 def test_a_mixed_continuation_regresses_the_same_image(base):
     prompt = [image(0), "a cat sits on a mat."]
     tokens = Prompt.of(prompt, base.tokenizer, base.cfg, append_img=True)
-    static = mixed.StaticMixedSettings(text_slots=8, max_images=1, do_sample=False, may_open=True)
+    static = mixed.StaticMixedSettings(
+        text_length=8, max_images=1, do_sample=False, may_start_image=True
+    )
     batch = pad([tokens], "left", rows=1, length=64, images=1, fill=base.cfg.tokens.pad)
     inputs = base._inputs(batch)
     dynamic = mixed.DynamicMixedSettings(*map(jnp.float32, (8, 1, 0, 1)))

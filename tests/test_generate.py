@@ -635,8 +635,8 @@ def choose_with(cfg, static, dynamic, keys=None):
     return jax.jit(lambda state: mixed._choose(emu, Silent(), state, static, dynamic, keys))
 
 
-@pytest.mark.parametrize("may_open", [True, False])
-def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
+@pytest.mark.parametrize("may_start_image", [True, False])
+def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_start_image):
     """Each special token is the likeliest of one row; the next best ordinary one is taken."""
     ids = config.TokenIds(pad=7, img=8, img_end=9, image=10)
     cfg = dataclasses.replace(config.EmuConfig(), tokens=ids)
@@ -658,17 +658,17 @@ def test_tokens_that_no_model_may_choose_in_a_mixed_sequence(may_open):
         cache=None,
     )
     static = mixed.StaticMixedSettings(
-        text_slots=8, max_images=1, do_sample=False, may_open=may_open
+        text_length=8, max_images=1, do_sample=False, may_start_image=may_start_image
     )
     dynamic = mixed.DynamicMixedSettings(np.int32(2), np.float32(1), np.int32(0), np.float32(1))
     choose = choose_with(cfg, static, dynamic)
     state = choose(state)
-    opened = ids.img if may_open else 5
+    opened = ids.img if may_start_image else 5
     assert state.tokens[:, 0].tolist() == [5, 5, 5, 5, opened, ids.eos]
     assert state.done.tolist() == [False] * 5 + [True]
     # Two tokens of text are all; an image that was opened is still to come.
     state = choose(state)
-    assert state.done.tolist() == [True] * 4 + [not may_open, True]
+    assert state.done.tolist() == [True] * 4 + [not may_start_image, True]
     assert state.tokens[-1, 1] == ids.pad
 
 
@@ -690,7 +690,9 @@ def test_mixed_sequences_are_sampled_anew_at_each_element():
         regressed=jnp.zeros((rows, 3)),
         cache=None,
     )
-    static = mixed.StaticMixedSettings(text_slots=2, max_images=0, do_sample=True, may_open=False)
+    static = mixed.StaticMixedSettings(
+        text_length=2, max_images=0, do_sample=True, may_start_image=False
+    )
     dynamic = mixed.DynamicMixedSettings(np.int32(9), np.float32(1), np.int32(0), np.float32(1))
     keys = jax.vmap(jax.random.key)(jnp.arange(rows))
     choose = choose_with(cfg, static, dynamic, keys)
@@ -924,7 +926,9 @@ def continuing(drawer):
     prompts = [prompt.Prompt.of(p, drawer.tokenizer, model.cfg) for p in OPENING]
     batch = prompt.pad(prompts, "left", rows=4, length=24, images=1, fill=model.cfg.tokens.pad)
     images, tokens, embedding_index, valid = drawer._inputs(batch)
-    static = mixed.StaticMixedSettings(text_slots=8, max_images=2, do_sample=False, may_open=True)
+    static = mixed.StaticMixedSettings(
+        text_length=8, max_images=2, do_sample=False, may_start_image=True
+    )
 
     @nnx.jit
     def run(emu, images, tokens, embedding_index, valid, room):
@@ -1319,11 +1323,11 @@ def test_a_beam_search_lets_others_go_on(drawer):
         next(engine.search("one", num_beams=1))
 
 
-def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
-    """Prompts of one padded length share a batch, which may have empty rows. If it cannot be read,
-    each is read alone."""
+def test_prompts_that_wait_are_prefilled_together(drawer, monkeypatch):
+    """Prompts of one padded length share a batch, which may have empty rows. If that fails,
+    each is prefilled alone."""
     engine = Engine(drawer, slots=5, new_tokens=8, max_images=0)
-    more, read, rows = {"max_new_tokens": 8, "max_images": 0}, engines._read_rows, []
+    more, read, rows = {"max_new_tokens": 8, "max_images": 0}, engines._prefill_rows, []
 
     def counted(*args):
         rows.append(len(args[3]))
@@ -1331,7 +1335,7 @@ def test_prompts_that_wait_are_read_together(drawer, monkeypatch):
             raise MemoryError("no room")
         return read(*args)
 
-    monkeypatch.setattr(engines, "_read_rows", counted)
+    monkeypatch.setattr(engines, "_prefill_rows", counted)
     prompts = [OPENING[3], [random_image(0), random_image(1), "two"], [random_image(2)]]
     answers = [engine.stream(each, **more) for each in prompts]
     assert [next(each) for each in answers] == [None] * 3 and rows == []
@@ -1363,8 +1367,8 @@ def test_prompts_that_round_otherwise_share_no_batch(drawer, monkeypatch):
     drawn = [engine.generate_image([OPENING[3]], seed=n, **DRAW) for n in range(4)]
     assert [next(each) for each in texts + drawn] == [None] * 10
     batches = []
-    monkeypatch.setattr(engine._text, "_read_batch", lambda *batch: batches.append(batch))
-    engine._text.read_prompts()
+    monkeypatch.setattr(engine._text, "_prefill_batch", lambda *batch: batches.append(batch))
+    engine._text.prefill_waiting()
     assert [size for _, size in batches] == [4, 4, 1, 1, 1, 1]
     short, long, *_ = ({len(each.prompt.tokens) for each in batch} for batch, _ in batches)
     assert max(short) < 16 < min(long) and engine.active == (10, 0)

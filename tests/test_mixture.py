@@ -506,7 +506,7 @@ def paper_like(rng: np.random.Generator) -> dict[str, list[Document]]:
 
 
 def test_rows_of_a_mixture_like_the_papers_are_full(cfg, tokenizer, tmp_path):
-    """>= 0.95 of text slots and >= 0.85 of image slots, packed together."""
+    """At least 0.95 of the tokens and 0.85 of the images of packed rows are not padding."""
     weights = {"laion": 128.0, "coco": 128.0, "mmc4": 64.0, "webvid": 16.0, "storyboards": 16.0}
     windows = {
         "mmc4": {"window_tokens": 128, "window_images": 5},

@@ -90,7 +90,9 @@ def test_eight_bit_adam_is_close_to_adam():
 
         @jax.jit
         def step(params, state, grads, finite, optimizer=optimizer):
-            updates, state = optimizer.update(grads, state, params, norm=1.0, finite=finite)
+            updates, state = optimizer.update(
+                grads, state, params, norm=np.float32(1), finite=finite
+            )
             return jax.tree.map(jnp.add, params, updates), state
 
         params, state = draw(0), optimizer.init(draw(0))

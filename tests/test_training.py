@@ -449,7 +449,9 @@ def test_weight_decay_spares_biases_norms_and_vectors():
 
     @jax.jit
     def update(grads, params):
-        return optimizer.update(grads, optimizer.init(params), params, norm=1.0, finite=True)[0]
+        return optimizer.update(
+            grads, optimizer.init(params), params, norm=np.float32(1), finite=np.bool_(True)
+        )[0]
 
     updates = update(still, params)
     decayed = {path for path, update in updates.items() if np.any(update)}

@@ -161,7 +161,7 @@ def _exact_dtypes(
     """Returns {name: its original dtype, or the stored one if casting would change a value}.
 
     A parameter has a wider dtype than its original if other layers needed it, or if it was trained
-    since. Only its values tell which. They are read first, because a file declares its dtypes
+    since. Only its values show which. They are read first, because a file declares its dtypes
     before its tensors.
     """
     dtypes = {names[key]: original[names[key]] for row in rows for key in row.keys}

@@ -21,6 +21,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
 
 from emu_jax import integrity
 from emu_jax.config import (
@@ -174,8 +175,8 @@ class FreshSource:
     unused: dict[str, Tensor]
     notes: list[str]
     fresh: set[str]
-    emu_key: jax.Array
-    painter_key: jax.Array
+    emu_key: Key[Array, ""]
+    painter_key: Key[Array, ""]
     abstract: AbstractModel
     rows: dict[str, TableRow]
     tensors: dict[str, Tensor]
@@ -524,8 +525,10 @@ def _resized(key: str, value: np.ndarray, shape: Shape) -> np.ndarray:
     return value
 
 
-def resize_positions(table: np.ndarray, tokens: int) -> np.ndarray:
-    """Resizes position embeddings [1, P, D] to another number of patches, by bicubic interpolation.
+def resize_positions(
+    table: Float[np.ndarray, "1 P D"], tokens: int
+) -> Float[np.ndarray, "1 {tokens} D"]:
+    """Resizes position embeddings to another number of patches, by bicubic interpolation.
 
     The class token's embedding is kept (release: `interpolate_pos_embed`, without antialiasing).
     """

@@ -42,16 +42,16 @@ def emu2_layout(
 ) -> tuple[ReleaseLayout, dict[str, Tensor]]:
     """Returns the layout in which an Emu2 is written, and the unused tensors that it contains.
 
-    It is the layout that came, unless another kind is asked for, or the model has other tensors.
+    It is the layout of the source, unless another kind is requested or the model has other tensors.
 
     Args:
-        folder: where the files will be. The index of new shards is written there.
-        kind: by default the kind that came; for a model that did not come from a release "native"
-            for a file, "hub" for a folder.
+        folder: the destination. The index of new shards is written there.
+        kind: by default that of the source; for a model that was not read from a release, "native"
+            for a file and "hub" for a folder.
         file: the only file's name, or None to write a folder.
 
     Raises:
-        UserError: the model has adapters, or a folder's layout is asked for in a file.
+        UserError: the model has adapters, or a folder's layout is requested for a file.
     """
     cfg, came = source.cfg, source.layout
     if cfg.llama.lora is not None:
@@ -183,10 +183,10 @@ def _hub(source: ModelSource, folder: Path) -> tuple[ReleaseLayout, dict[str, Te
             parts.setdefault(part, {})[style.write(key)] = (shape, dtypes[key])
     files: dict[str, Contents] = {}
     for part, contents in parts.items():
-        place = part or ("multimodal_encoder" if cfg.unet is not None else ".")
+        subfolder = part or ("multimodal_encoder" if cfg.unet is not None else ".")
         stem = "diffusion_pytorch_model" if part else "model"
-        shards = tensor_files.split_into_shards(folder / place, stem, contents)
-        files |= {str(Path(place) / name): shard for name, shard in shards.items()}
+        shards = tensor_files.split_into_shards(folder / subfolder, stem, contents)
+        files |= {str(Path(subfolder) / name): shard for name, shard in shards.items()}
     _record_frequencies(source, folder)
     unused = {}
     carried = _carried(source)

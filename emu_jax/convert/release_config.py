@@ -283,7 +283,8 @@ def emu2_vision_json(path: Path, *, chat: bool = False) -> dict[str, Any] | None
 def _with_emu2_json(
     vision: VisionConfig, pooling: PoolingConfig, path: Path, *, chat: bool
 ) -> tuple[VisionConfig, PoolingConfig]:
-    """Adds to the preset what no tensor reveals. Checks the rest against the tensors."""
+    """Completes the preset with the settings that no tensor reveals, and checks the others against
+    the tensors."""
     tower = emu2_vision_json(path, chat=chat)
     if tower is None:
         raise UserError(f"{path} has no vision_cfg: give the sizes of Emu2's visual encoder")
@@ -323,8 +324,8 @@ def _with_emu2_json(
 def count_layers(keys: Iterable[str], pattern: str) -> int:
     """Returns how many layers a stack has. The pattern's group matches a layer's number.
 
-    Layers are counted, so that after a gap in the numbers the table lists what is missing and
-    what is unexpected.
+    It does not rely on the highest number: if numbers are missing, the table can then list the
+    missing and the unexpected tensors.
     """
     return len({match[1] for key in keys if (match := re.match(pattern, key))})
 

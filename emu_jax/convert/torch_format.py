@@ -196,12 +196,12 @@ def open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise UserError(f"{path} is damaged: it is empty")
     try:
         if zipfile.is_zipfile(path):
-            stored, places = _parse_zip(path, mapped)
+            stored, extents = _parse_zip(path, mapped)
         elif mapped.map[:2] == b"PK":
             raise UserError(f"{path} is truncated: its zip archive lacks the end")
         else:
-            stored, places = _parse_legacy(path, mapped)
-        return _bind(path, mapped, stored, places)
+            stored, extents = _parse_legacy(path, mapped)
+        return _bind(path, mapped, stored, extents)
     except _Refused as error:
         raise UserError(
             f"{path} is refused: its pickle holds more than tensors ({error}): save the state "
@@ -216,11 +216,11 @@ def open_torch(path: Path) -> tuple[dict[str, Tensor], str | None]:
         raise UserError(f"{path} is refused: it is truncated or damaged ({reason})") from None
 
 
-# The place of each storage: {key: (offset in bytes, length in bytes)}.
-_Places = dict[str, tuple[int, int]]
+# The extent of each storage: {key: (offset in bytes, length in bytes)}.
+_Extents = dict[str, tuple[int, int]]
 
 
-def _parse_zip(path: Path, mapped: MappedFile) -> tuple[Any, _Places]:
+def _parse_zip(path: Path, mapped: MappedFile) -> tuple[Any, _Extents]:
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
     pickles = [name for name in records if name.split("/")[1:] == ["data.pkl"]]
@@ -229,7 +229,7 @@ def _parse_zip(path: Path, mapped: MappedFile) -> tuple[Any, _Places]:
     (root,) = (name.split("/")[0] for name in pickles)
     if f"{root}/constants.pkl" in records:
         raise UserError(f"{path} is a TorchScript program: save its state dict with torch.save")
-    places: _Places = {}
+    extents: _Extents = {}
     for name, record in records.items():
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
             raise UserError(
@@ -243,20 +243,20 @@ def _parse_zip(path: Path, mapped: MappedFile) -> tuple[Any, _Places]:
         start = record.header_offset + 30 + sum(lengths)
         if start + record.file_size > mapped.size:
             raise ValueError(f"{name} extends past the end of the file")
-        places[name] = (start, record.file_size)
+        extents[name] = (start, record.file_size)
 
     def content(name: str) -> bytes:
-        start, length = places[name]
+        start, length = extents[name]
         return bytes(mapped.map[start : start + length])
 
-    if (order := f"{root}/byteorder") in places and content(order).strip() != b"little":
+    if (order := f"{root}/byteorder") in extents and content(order).strip() != b"little":
         raise UserError(f"{path} was written on a big-endian machine: save it on another")
     stored = _Unpickler(io.BytesIO(content(f"{root}/data.pkl"))).load()
     prefix = f"{root}/data/"
-    return stored, {n.removeprefix(prefix): p for n, p in places.items() if n.startswith(prefix)}
+    return stored, {n.removeprefix(prefix): p for n, p in extents.items() if n.startswith(prefix)}
 
 
-def _parse_legacy(path: Path, mapped: MappedFile) -> tuple[Any, _Places]:
+def _parse_legacy(path: Path, mapped: MappedFile) -> tuple[Any, _Extents]:
     """Parses the format before torch 1.6.
 
     It holds pickles of a magic number, the version, the machine, the object and the storages'
@@ -274,7 +274,7 @@ def _parse_legacy(path: Path, mapped: MappedFile) -> tuple[Any, _Places]:
         raise UserError(f"{path} was written on a big-endian machine: save it on another")
     unpickler = _Unpickler(file)
     stored = unpickler.load()
-    places: _Places = {}
+    extents: _Extents = {}
     keys = _Unpickler(file).load()
     at = file.tell()
     for key in map(str, keys):
@@ -282,15 +282,15 @@ def _parse_legacy(path: Path, mapped: MappedFile) -> tuple[Any, _Places]:
         dtype = TORCH_DTYPES.get(str(unpickler.storages.get(key)))
         if dtype is None:
             raise UserError(f"{path}: storage {key} has an unsupported dtype")
-        places[key] = (at + 8, length * dtype.itemsize)
+        extents[key] = (at + 8, length * dtype.itemsize)
         at += 8 + length * dtype.itemsize
         if length < 0 or at > mapped.size:
             raise ValueError(f"storage {key} extends past the end of the file")
-    return stored, places
+    return stored, extents
 
 
 def _bind(
-    path: Path, mapped: MappedFile, stored: Any, places: _Places
+    path: Path, mapped: MappedFile, stored: Any, extents: _Extents
 ) -> tuple[dict[str, Tensor], str | None]:
     """Finds the bytes of the tensors that a pickle describes."""
     wrapper_key = None
@@ -307,9 +307,9 @@ def _bind(
         dtype = TORCH_DTYPES.get(value.dtype)
         if dtype is None:
             raise UserError(f"{path}: {key} has the unsupported dtype {value.dtype}")
-        if value.storage.key not in places:
+        if value.storage.key not in extents:
             raise ValueError(f"the data of {key} is missing")
-        start, storage_bytes = places[value.storage.key]
+        start, storage_bytes = extents[value.storage.key]
         stored_as = TORCH_DTYPES.get(str(value.storage.dtype))
         first = value.storage.offset * (stored_as.itemsize if stored_as else 1)
         first += value.offset * dtype.itemsize

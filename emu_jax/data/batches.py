@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Int
+from jaxtyping import Bool, Int, UInt8
 
 from emu_jax.data import storage
 from emu_jax.data.config import DataConfig, HostBatch, Kind
@@ -58,9 +58,9 @@ ArrayShapes = dict[str, tuple[tuple[int, ...], type]]  # {name: (shape, dtype)} 
 
 STATISTICS: tuple[str, ...] = (
     "tokens",
-    "token_slots",
+    "token_capacity",
     "images",
-    "image_slots",
+    "image_capacity",
     "documents",
     "truncated",
 )
@@ -80,7 +80,7 @@ class Damage(NamedTuple):
 
 
 class BuiltBatch(NamedTuple):
-    """This process's share of a batch, with its documents and statistics.
+    """This process's rows of a batch, with their documents and statistics.
 
     Statistics are those of `counted_rows`: all rows of the global batch if this process plans all,
     otherwise its own.
@@ -88,7 +88,7 @@ class BuiltBatch(NamedTuple):
 
     batch: HostBatch
     positions: Positions  # of the next batch
-    documents: list[SampledDocument]  # in this process's share
+    documents: list[SampledDocument]  # in this process's rows
     statistics: dict[str, int]
     by_source: dict[str, dict[str, int]]  # statistics of the documents of each source
     damaged: list[Damage]  # found by this process
@@ -107,23 +107,23 @@ class BatchExample(NamedTuple):
     segments: list[int]  # of each token: its document, from 1; 0 is padding
     scored: list[bool]  # of each token: a text target
     embedding_index: list[int]  # of each token: the index of its embedding, or -1 in text
-    images: np.ndarray  # uint8 [I, h, w, 3], some of them empty
+    images: UInt8[np.ndarray, "I h w 3"]  # some of them empty
     used: list[bool]  # of each image
     regressed: list[bool]  # of each image: its embeddings are targets
-    target: np.ndarray | None = None  # the image that the decoder learns to generate
-    token_slots: int = 0  # number of token slots
+    target: UInt8[np.ndarray, "h w 3"] | None = None  # for the decoder to generate
+    row_tokens: int = 0  # tokens of the whole row, padding included
 
 
-class Share:
-    """The rows of a group's batches that a process plans, makes, and counts.
+class RowAssignment:
+    """The rows of a group's batches that a process plans, builds and counts.
 
     Args:
-        local_rows: this process's rows of a global batch, which are runs of consecutive rows in
-            rising order; or None to make no rows and only plan.
+        local_rows: this process's rows of a global batch, as ranges in rising order; or None to
+            build no rows and only plan.
 
     Attributes:
         counted_rows: the rows that statistics are counted of: all if there is one stream, which
-            every process plans; otherwise each row by the process that makes it.
+            every process plans; otherwise each row by the process that builds it.
     """
 
     def __init__(self, group: Group, local_rows: Sequence[range] | None) -> None:
@@ -136,21 +136,21 @@ class Share:
     def streams(self) -> list[int]:
         """Returns the streams that this process plans."""
         size = self.group.stream_rows
-        runs = [range(r.start // size, -(-r.stop // size)) for r in self.counted_rows if r]
-        return sorted(set(itertools.chain(*runs)))
+        streams = [range(r.start // size, -(-r.stop // size)) for r in self.counted_rows if r]
+        return sorted(set(itertools.chain(*streams)))
 
     def local(self, rows: range) -> Iterator[tuple[int, int]]:
-        """Yields (index here, row) of the rows of a global batch that this process makes."""
+        """Yields (index here, row) of the rows of a global batch that this process builds."""
         first = 0
-        for run in self.local_rows:
-            for row in _overlap(rows, run):
-                yield first + row - run.start, row
-            first += len(run)
+        for mine in self.local_rows:
+            for row in _overlap(rows, mine):
+                yield first + row - mine.start, row
+            first += len(mine)
 
     def counted(self, rows: range) -> Iterator[range]:
         """Yields the ranges of `rows` that statistics are counted of."""
-        for run in self.counted_rows:
-            if overlap := _overlap(rows, run):
+        for counted in self.counted_rows:
+            if overlap := _overlap(rows, counted):
                 yield overlap
 
     def stream_rows(self, stream: int) -> range:
@@ -178,9 +178,9 @@ class Share:
 
     def reported(self, damaged: list[SampledDocument], stream: int) -> list[Damage]:
         """Returns the documents of a stream found damaged while counting tokens, on the process
-        that makes the stream's first row; nothing on the others."""
+        that builds the stream's first row; nothing on the others."""
         first = self.stream_rows(stream).start
-        if not any(first in run for run in self._reporting_rows):
+        if not any(first in rows for rows in self._reporting_rows):
             return []
         return [_damage(document, document.damage or "") for document in damaged]
 
@@ -201,45 +201,45 @@ class PlannedRows(NamedTuple):
     damaged: list[Damage]
 
 
-def plan_rows(share: Share, positions: Positions) -> PlannedRows:
+def plan_rows(assignment: RowAssignment, positions: Positions) -> PlannedRows:
     """Plans the batch of packed rows that begins at the positions of its streams, and reads no
     document.
 
     Raises:
         ValueError: the position of a stream that is planned here is None.
     """
-    group = share.group
+    group = assignment.group
     after: dict[int, Position] = {}
     damaged: list[Damage] = []
     placements: list[_Placement] = []
     totals = np.zeros((len(group.sources), len(ROW_STATISTICS)), np.int64)
-    for stream, (block, row) in share.planned(positions):
-        batch_row, stop = share.stream_rows(stream).start, share.stream_rows(stream).stop
+    for stream, (block, row) in assignment.planned(positions):
+        batch_row, stop = assignment.stream_rows(stream).start, assignment.stream_rows(stream).stop
         while batch_row < stop:
             packed = group.block(block, stream)
             if row == 0:
-                damaged += share.reported(packed.damaged, stream)
+                damaged += assignment.reported(packed.damaged, stream)
             offset = row - batch_row  # from the batch's rows to the block's
             end = min(stop, len(packed) - offset)
-            for run in share.counted(range(batch_row, end)):
-                totals += packed.totals(run.start + offset, run.stop + offset)
-            for n, global_row in share.local(range(batch_row, end)):
+            for counted in assignment.counted(range(batch_row, end)):
+                totals += packed.totals(counted.start + offset, counted.stop + offset)
+            for n, global_row in assignment.local(range(batch_row, end)):
                 placements += _placements(n, packed.row(global_row + offset))
             batch_row, row = end, end + offset
             if row == len(packed):
                 block, row = block + 1, 0
         after[stream] = block, row
-    return PlannedRows(placements, share.after(after), totals, damaged)
+    return PlannedRows(placements, assignment.after(after), totals, damaged)
 
 
 class BatchBuilder(abc.ABC):
     """Builds the batch of a group at a given position. Stateless. One subclass for each kind.
 
     Args:
-        local_rows: see `Share`.
+        local_rows: see `RowAssignment`.
 
     Attributes:
-        share: this process's part of the planning.
+        assignment: the rows that this process plans and builds.
         requires: properties of the documents that this kind of batches can use.
     """
 
@@ -254,13 +254,13 @@ class BatchBuilder(abc.ABC):
                 "data.n_frame needs a token of video frames, which this tokenizer does not have: "
                 "set data.n_frame=0, or data.family=emu2"
             )
-        self.share = Share(group, local_rows)
+        self.assignment = RowAssignment(group, local_rows)
         self._pool = pool
         # Captions repeat, and so do the images of a small data set.
         self.encode = functools.lru_cache(1 << 14)(lambda text: text_ids(text, tokenizer))
         self._resized_small = functools.lru_cache(1 << 12)(self._resized)
         self._shapes = {
-            name: ((sum(map(len, self.share.local_rows)), *shape[1:]), dtype)
+            name: ((sum(map(len, self.assignment.local_rows)), *shape[1:]), dtype)
             for name, (shape, dtype) in self.shapes(self.cfg).items()
         }
 
@@ -339,7 +339,12 @@ class BatchBuilder(abc.ABC):
         assert isinstance(content, Text)
         return self.encode(content)[part.first : part.first + part.size]
 
-    def _decode_into(self, out: np.ndarray, image: Text | Image, rng: np.random.Generator) -> None:
+    def _decode_into(
+        self,
+        out: UInt8[np.ndarray, "h w 3"],
+        image: Text | Image,
+        rng: np.random.Generator,
+    ) -> None:
         """Decodes, resizes and augments one image.
 
         Raises:
@@ -400,12 +405,12 @@ class RowBuilder(BatchBuilder):
 
     def build(self, positions: Positions) -> BuiltBatch:
         batch = self._empty()
-        placements, after, totals, damaged = plan_rows(self.share, positions)
+        placements, after, totals, damaged = plan_rows(self.assignment, positions)
         batch["tokens"][:] = self.tokenizer.pad_id
         batch["embedding_index"][:] = -1
         self._read_ahead(
             (placement.packed.sampled for placement in placements),
-            lambda: (p.packed.sampled for p in plan_rows(self.share, after).placements),
+            lambda: (p.packed.sampled for p in plan_rows(self.assignment, after).placements),
         )
         for unreadable in self._pool(
             lambda task: self._write_documents(batch, task), self._tasks(placements)
@@ -417,10 +422,10 @@ class RowBuilder(BatchBuilder):
             for source, values in zip(self.group.sources, totals.tolist(), strict=True)
             if any(values)
         }
-        counted_rows = sum(map(len, self.share.counted_rows))
+        counted_rows = sum(map(len, self.assignment.counted_rows))
         capacity = {
-            "token_slots": counted_rows * self.cfg.row_tokens,
-            "image_slots": counted_rows * self.cfg.row_images,
+            "token_capacity": counted_rows * self.cfg.row_tokens,
+            "image_capacity": counted_rows * self.cfg.row_images,
         }
         sampled = [placement.packed.sampled for placement in placements]
         return BuiltBatch(
@@ -484,10 +489,10 @@ class RowBuilder(BatchBuilder):
         except Damaged as error:
             return _damage(sampled, error.reason)
         sequence = _Sequence(self, placement.images.start)
-        sequence.open()
+        sequence.begin()
         for part, content in contents:
             sequence.add(part, content)
-        sequence.close(ended=not cut)
+        sequence.end(cut=cut)
         encoded = [content for _, content in contents if isinstance(content, Image)]
         return _EncodedDocument(placement, sequence, encoded, rng)
 
@@ -529,16 +534,16 @@ class _SingleBuilder(BatchBuilder):
         damaged: list[Damage] = []
         local: list[SampledDocument] = []
         counted: list[SampledDocument] = []
-        share = self.share
-        for stream, (_, first) in share.planned(positions):
-            rows = share.stream_rows(stream)
+        assignment = self.assignment
+        for stream, (_, first) in assignment.planned(positions):
+            rows = assignment.stream_rows(stream)
             documents, skipped, stop = self.group.next(first, len(rows), stream)
             after[stream] = 0, stop
-            damaged += share.reported(skipped, stream)
-            local += [documents[row - rows.start] for _, row in share.local(rows)]
-            for run in share.counted(rows):
-                counted += documents[run.start - rows.start : run.stop - rows.start]
-        self._read_ahead(local, lambda: self._local(share.after(after)))
+            damaged += assignment.reported(skipped, stream)
+            local += [documents[row - rows.start] for _, row in assignment.local(rows)]
+            for part in assignment.counted(rows):
+                counted += documents[part.start - rows.start : part.stop - rows.start]
+        self._read_ahead(local, lambda: self._local(assignment.after(after)))
         unreadable = self._pool(
             lambda n: self._fill_or_replace(batch, n, local[n]), range(len(local))
         )
@@ -546,7 +551,7 @@ class _SingleBuilder(BatchBuilder):
         by_source = _sum_by_source((document, self._measure(document)) for document in counted)
         return BuiltBatch(
             batch,
-            share.after(after),
+            assignment.after(after),
             local,
             _sum(by_source.values()),
             by_source,
@@ -557,10 +562,10 @@ class _SingleBuilder(BatchBuilder):
 
     def _local(self, positions: Positions) -> Iterator[SampledDocument]:
         """Yields the documents of this process's rows at the positions of the streams."""
-        for stream, (_, first) in self.share.planned(positions):
-            rows = self.share.stream_rows(stream)
+        for stream, (_, first) in self.assignment.planned(positions):
+            rows = self.assignment.stream_rows(stream)
             documents, _, _ = self.group.next(first, len(rows), stream)
-            for _, row in self.share.local(rows):
+            for _, row in self.assignment.local(rows):
                 yield documents[row - rows.start]
 
     @abc.abstractmethod
@@ -641,10 +646,10 @@ class CaptionBuilder(_SingleBuilder):
         text, room = sum(size for size in sampled.lengths if size > 0), self.cfg.row_tokens - 2
         return {
             "images": 1,
-            "image_slots": 1,
+            "image_capacity": 1,
             "documents": 1,
             "tokens": min(text, room) + 2,
-            "token_slots": room + 2,
+            "token_capacity": room + 2,
             "truncated": int(text > room),
         }
 
@@ -668,7 +673,7 @@ class ImageBuilder(_SingleBuilder):
         self._decode_into(batch["images"][n], image, self.group.rng(sampled))
 
     def _measure(self, sampled: SampledDocument) -> dict[str, int]:
-        return {"images": 1, "image_slots": 1, "documents": 1}
+        return {"images": 1, "image_capacity": 1, "documents": 1}
 
 
 class ContextBuilder(_SingleBuilder):
@@ -707,7 +712,7 @@ class ContextBuilder(_SingleBuilder):
         rng = self.group.rng(sampled)
         context, chosen, _ = self._choose(sampled, rng)
         sequence = _Sequence(self, 0)
-        sequence.open()
+        sequence.begin()
         *contents, (_, target) = self._contents(sampled, [*context, chosen])
         for part, content in contents:
             if isinstance(content, Image):
@@ -731,9 +736,9 @@ class ContextBuilder(_SingleBuilder):
         sizes = [part.size for part in context]
         return {
             "tokens": 2 + sum(map(self._tokens, sizes)),
-            "token_slots": self.cfg.row_tokens,
+            "token_capacity": self.cfg.row_tokens,
             "images": sum(size < 0 for size in sizes),
-            "image_slots": self.cfg.row_images,
+            "image_capacity": self.cfg.row_images,
             "documents": 1,
             "truncated": int(truncated),
         }
@@ -815,7 +820,7 @@ class ViewBuilder(_SingleBuilder):
         batch["dropped"][n] = dropped < cfg.drop_condition
 
     def _measure(self, sampled: SampledDocument) -> dict[str, int]:
-        return {"images": 1, "image_slots": 1, "documents": 1}
+        return {"images": 1, "image_capacity": 1, "documents": 1}
 
 
 BUILDERS: dict[Kind, type[BatchBuilder]] = {
@@ -841,10 +846,14 @@ def _input_shapes(cfg: DataConfig) -> ArrayShapes:
 
 
 def _example(
-    row: dict[str, np.ndarray], *, segments: np.ndarray, scored: np.ndarray, regressed: np.ndarray
+    row: HostBatch,
+    *,
+    segments: Int[np.ndarray, "T"],
+    scored: Bool[np.ndarray, "T"],
+    regressed: Bool[np.ndarray, "I"],
 ) -> BatchExample:
-    token_slots = len(row["tokens"])
-    embedding_index = row.get("embedding_index", np.full(token_slots, -1))
+    row_tokens = len(row["tokens"])
+    embedding_index = row.get("embedding_index", np.full(row_tokens, -1))
     count = int(np.flatnonzero(segments).max(initial=-1)) + 1
     return BatchExample(
         row["tokens"][:count].tolist(),
@@ -854,7 +863,7 @@ def _example(
         row["images"],
         row["image_valid"].tolist(),
         regressed.tolist(),
-        token_slots=token_slots,
+        row_tokens=row_tokens,
     )
 
 
@@ -891,7 +900,7 @@ class _EncodedDocument(NamedTuple):
 
 
 def _overlap(rows: range, others: range) -> range:
-    """Returns the rows that two ranges share."""
+    """Returns the rows that two ranges have in common."""
     start = max(rows.start, others.start)
     return range(start, max(start, min(rows.stop, others.stop)))
 
@@ -924,7 +933,7 @@ class _Sequence:
         self.scored_images: list[bool] = []
         self.frames: list[bool] = []  # of each image: whether it is a frame of a video
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Begins the document with <s>."""
         self._extend([self._tokenizer.bos], [False])
 
@@ -955,9 +964,9 @@ class _Sequence:
             [-1, *range(first, first + n), -1],
         )
 
-    def close(self, ended: bool) -> None:
-        """Ends the document; a truncated document gets no </s>."""
-        if ended:
+    def end(self, *, cut: bool) -> None:
+        """Ends the document; one whose end is cut off gets no </s>."""
+        if not cut:
             self._extend([self._tokenizer.eos], [True])
         if self._last_image:
             self.scored_images[:-1] = [False] * len(self.scored_images[:-1])
@@ -977,7 +986,7 @@ def _spans(sampled: SampledDocument) -> list[Span]:
 
 @functools.cache
 def _warn_of_frames() -> None:
-    """Warns once that a model which tells frames of videos from still images is not shown them."""
+    """Warns once that frames of videos are not marked for a model that distinguishes them."""
     log.warning(
         "frames of videos are read as still images: set data.n_frame to the model's embeddings of "
         "a frame (64 in Emu2's releases)"

@@ -51,7 +51,7 @@ class DataConfig:
         default_factory=lambda: {"pairs": 1.0, "pages": 1.0, "storyboards": 1.0}
     )
     seed: int = 0
-    # Share of each source's documents, by a hash of their index, that is not trained on.
+    # Fraction of each source's documents, by a hash of their index, that is not trained on.
     holdout: float = 0.0
     held_out: bool = False  # read these documents, rather than the others
 

@@ -65,7 +65,7 @@ def digit_images(
 
 
 @functools.cache
-def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+def _all_digits() -> tuple[UInt8[np.ndarray, "images 8 8"], Int64[np.ndarray, "images"]]:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -107,7 +107,7 @@ def _say(template: str, digit: int) -> str:
 SampleImage = Callable[[int], Image]  # a random image of a digit
 
 
-def _pairs(images: list[Image], labels: np.ndarray) -> Iterator[Document]:
+def _pairs(images: list[Image], labels: Int64[np.ndarray, "images"]) -> Iterator[Document]:
     """Yields every image with every caption."""
     for image, label in zip(images, labels.tolist(), strict=True):
         for template in range(len(CAPTIONS)):
@@ -143,7 +143,10 @@ def _storyboard(rng: np.random.Generator, show: SampleImage) -> Document:
 
 
 def _instructions(
-    rng: np.random.Generator, images: list[Image], labels: np.ndarray, show: SampleImage
+    rng: np.random.Generator,
+    images: list[Image],
+    labels: Int64[np.ndarray, "images"],
+    show: SampleImage,
 ) -> Iterator[Document]:
     """Yields, for each image, the first two questions about it and the third about a count."""
     for image, digit in zip(images, labels.tolist(), strict=True):

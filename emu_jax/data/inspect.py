@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import UInt8
 
 from emu_jax.config import to_dict
 from emu_jax.data.batches import BUILDERS, BatchExample
@@ -21,6 +22,7 @@ from emu_jax.errors import UserError
 from emu_jax.page import details, html_table, image, tiles, write_page
 from emu_jax.tokenizer import Tokenizer
 
+T = TypeVar("T")
 LOSSY_FROM = 64  # pixels; smaller images are shown losslessly
 BINS = 24
 _LISTED = 50  # damaged documents that the page lists
@@ -193,8 +195,8 @@ def _length(row: BatchExample, segment: int, n_causal: int) -> tuple[int, int]:
 def _summary(report: InspectReport) -> str:
     figures = {}
     if report.tokens:
-        figures["of token slots in use"] = f"{100 * report.token_fill:.1f}%"
-    figures["of image slots in use"] = f"{100 * report.image_fill:.1f}%"
+        figures["of tokens are not padding"] = f"{100 * report.token_fill:.1f}%"
+    figures["of images are not padding"] = f"{100 * report.image_fill:.1f}%"
     figures["images a second on one core"] = f"{report.images_per_second_per_core:,.0f}"
     figures["tokens a second on one core"] = f"{report.tokens_per_second_per_core:,.0f}"
     return tiles(figures)
@@ -223,8 +225,8 @@ def _card(
     n_causal: int,
 ) -> str:
     facts = [f"{len(names)} document{'s' * (len(names) != 1)}"]
-    if row.token_slots:
-        facts.append(f"{sum(s > 0 for s in row.segments):,} of {row.token_slots:,} tokens")
+    if row.row_tokens:
+        facts.append(f"{sum(s > 0 for s in row.segments):,} of {row.row_tokens:,} tokens")
     facts.append(f"{sum(row.used)} image{'s' * (sum(row.used) != 1)}")
     body = ""
     for segment, (name, index) in enumerate(names, 1):
@@ -264,14 +266,14 @@ def _content(row: BatchExample, segment: int, tokenizer: Tokenizer, n_causal: in
         yield _figure(row.target, "target", True)
 
 
-def _figure(pixels: np.ndarray, label: str, framed: bool) -> str:
+def _figure(pixels: UInt8[np.ndarray, "h w 3"], label: str, framed: bool) -> str:
     content = image(pixels, lossy=max(pixels.shape[:2]) >= LOSSY_FROM)
     return f'<figure class="{"framed" if framed else ""}">{content}{label}</figure>'
 
 
 def _bar(row: BatchExample, n_causal: int) -> str:
     """Draws a row as a bar: its documents, images, targets and padding."""
-    if not row.token_slots:
+    if not row.row_tokens:
         return ""
     learned = [
         "text" if scored else "image" if index >= 0 and row.regressed[index // n_causal] else ""
@@ -281,7 +283,7 @@ def _bar(row: BatchExample, n_causal: int) -> str:
         (segment, index >= 0)
         for segment, index in zip(row.segments, row.embedding_index, strict=True)
     ]
-    rests = row.token_slots - len(parts)
+    rests = row.row_tokens - len(parts)
     rects = [
         f'<rect x="{start}" width="{size}" height="12" style="{_hue(segment)}" '
         f'class="{"padding" if not segment else "dark" if is_image else "light"}"/>'
@@ -293,13 +295,13 @@ def _bar(row: BatchExample, n_causal: int) -> str:
         if kind
     ]
     return (
-        f'<svg class="bar" viewBox="0 0 {row.token_slots} 18" preserveAspectRatio="none" '
-        f'role="img" aria-label="{len(parts)} of {row.token_slots} tokens in use">'
+        f'<svg class="bar" viewBox="0 0 {row.row_tokens} 18" preserveAspectRatio="none" '
+        f'role="img" aria-label="{len(parts)} of {row.row_tokens} tokens in use">'
         f"{''.join(rects)}</svg>"
     )
 
 
-def _runs(values: Iterable[Any]) -> Iterator[tuple[Any, int, int]]:
+def _runs(values: Iterable[T]) -> Iterator[tuple[T, int, int]]:
     """Yields (value, start, length) of each run of equal values."""
     start = 0
     for value, run in groupby(values):
@@ -316,14 +318,14 @@ def _hue(segment: int) -> str:
 def _damage(damaged: Sequence[Damage], read: int) -> str:
     """Lists the documents that could not be read, by reason."""
     reasons = collections.Counter(damage.reason for damage in damaged)
-    places = "".join(
+    listed = "".join(
         f"<li>{html.escape(f'{damage.where}: {damage.reason}')}</li>"
         for damage in damaged[:_LISTED]
     )
     more = f"<p>and {len(damaged) - _LISTED:,} more</p>" if len(damaged) > _LISTED else ""
     return (
         f"<section><h2>Damage</h2><p>{len(damaged):,} of {read:,} documents could not be read.</p>"
-        + (f"{html_table(dict(reasons.most_common()))}<ul>{places}</ul>{more}" if damaged else "")
+        + (f"{html_table(dict(reasons.most_common()))}<ul>{listed}</ul>{more}" if damaged else "")
         + "</section>"
     )
 

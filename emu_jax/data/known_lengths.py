@@ -8,8 +8,8 @@
     counts       int32, number of parts of each document
     sizes        int32, tokens of each part; IMAGE_PART for an image, VIDEO_PART or FRAME_PART for
                  a frame of a video
-    frames       whether frames are told from still images; missing in files of earlier versions,
-                 which did not
+    frames       whether frames are distinguished from still images; missing in files of earlier
+                 versions, which did not
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KnownLengths(NamedTuple):
     Attributes:
         counts: number of parts of each document.
         sizes: tokens of each part, or less than 0 for an image (`packing`).
-        frames: whether frames of videos are told from still images.
+        frames: whether frames of videos are distinguished from still images.
     """
 
     counts: Int[np.ndarray, "documents"]

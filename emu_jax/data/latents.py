@@ -314,7 +314,7 @@ class LatentBatches(Iterator[HostBatch]):
         }
 
     def consumed(self) -> dict[str, Consumed]:
-        """Returns what the run has read up to the last batch that was yielded."""
+        """Returns how much the run has read, up to the last batch that was yielded."""
         rows = self._position * self._cfg.batch_size
         return {"latents": Consumed(0, rows, rows, rows / len(self._records))}
 

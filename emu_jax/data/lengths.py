@@ -60,7 +60,7 @@ _LONG = -2  # in place of a size beyond int16
 _LONGEST = 2**15 - 1
 _VERSION = 3  # of the cached arrays
 _EARLIER = 2  # version whose arrays are converted
-_FRAMES_VERSION = 4  # of arrays that tell frames of videos from still images
+_FRAMES_VERSION = 4  # of arrays that distinguish frames of videos from still images
 _SUMMED = ("tally", "stamp", "totals")  # arrays of a part that are needed for the whole
 _AWAITED = ("missing image", "ambiguous image", "missing file")  # may arrive later
 
@@ -128,7 +128,7 @@ class Lengths(abc.ABC):
     Attributes:
         tally: counts of used and unused parts of the source, as far as they are known without
             opening an image.
-        frames: whether frames of videos are told from still images.
+        frames: whether frames of videos are distinguished from still images.
     """
 
     tally: Tally
@@ -161,7 +161,7 @@ class LengthParts:
     Attributes:
         name: name of the cached arrays of the whole source.
         earlier_name: name of the arrays that these replace.
-        frames: whether frames of videos are told from still images.
+        frames: whether frames of videos are distinguished from still images.
         count: number of parts. A single part is cached under `name`; several are cached apart, and
             `name` lists them.
     """
@@ -193,8 +193,8 @@ class LengthParts:
         self.remove_earlier()
 
     def remove_earlier(self) -> None:
-        """Removes the arrays that were converted. Those that do not tell frames are still used by
-        models that do not either."""
+        """Removes the arrays that were converted. Those that do not distinguish frames are still
+        used by models that do not either."""
         if not self.frames:
             remove_arrays(self.folder, self.earlier_name)
 
@@ -271,8 +271,8 @@ class TokenLengths(Lengths):
 
     Args:
         recount: count again if files were missing and some have arrived since; otherwise warn.
-        frames: tell frames of videos from still images. They have arrays of their own, unless the
-            source has no videos.
+        frames: distinguish frames of videos from still images. Such counts have arrays of their
+            own, unless the source has no videos.
     """
 
     def __init__(
@@ -414,7 +414,9 @@ class _Part:
         damage = self.damage.take(rows).astype(np.int64)
         return np.stack([tokens, images, damage, videos, frames])
 
-    def _with_long(self, sizes: np.ndarray, at: Int[np.ndarray, "parts"]) -> np.ndarray:
+    def _with_long(
+        self, sizes: Int[np.ndarray, "parts"], at: Int[np.ndarray, "parts"]
+    ) -> Int[np.ndarray, "parts"]:
         """Returns the sizes at some positions, with those of long texts in place."""
         long = np.flatnonzero(sizes == _LONG)
         if not len(long):

@@ -63,7 +63,7 @@ class Requirements(NamedTuple):
         image: whether a document needs an image.
         text: whether a document needs a text that is not empty.
         pairs: whether only sources of image-text pairs are read.
-        still: whether the image must be a still image, where frames of videos are told from them.
+        still: whether the image must be a still image, if frames of videos are distinguished.
     """
 
     kind: Kind
@@ -77,7 +77,7 @@ class OpenSource(NamedTuple):
     """A source of the mixture.
 
     Attributes:
-        holdout: share of the documents that is held out.
+        holdout: fraction of the documents that is held out.
         held_out: whether those are read, rather than the others.
     """
 
@@ -116,7 +116,8 @@ class SampledDocument(NamedTuple):
 
 
 class PackedDocument(NamedTuple):
-    """A document in a packed row: its token and image slots, and whether its end is cut off."""
+    """A document in a packed row: its numbers of tokens and images, and whether its end is cut
+    off."""
 
     sampled: SampledDocument
     tokens: int
@@ -409,7 +410,7 @@ class Group:
             side = "held out" if source.held_out else "left to train on"
             raise UserError(
                 f"source {source.cfg.name!r} ({source.cfg.paths[0]}) has no document that is "
-                f"{side}: set data.holdout, now {source.holdout}, to another share"
+                f"{side}: set data.holdout, now {source.holdout}, to another fraction"
             )
 
     def substitute(self, sampled: SampledDocument, attempt: int) -> SampledDocument:
@@ -654,7 +655,7 @@ def check_usable(source: OpenSource, requires: Requirements) -> None:
 
 
 def is_held_out(index: int, holdout: float) -> bool:
-    """Returns whether a document of a source belongs to the share that is held out."""
+    """Returns whether a document of a source is held out."""
     return bool(uniform(np.array([index]))[0] < holdout)
 
 

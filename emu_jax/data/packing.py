@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 # The lengths of a document are one integer for each part: its tokens, or less than 0 for an image.
-# Only a model with tokens of its own for frames tells these from still images.
+# Only a model with separate tokens for frames distinguishes them from still images.
 IMAGE_PART = -1
 VIDEO_PART, FRAME_PART = -3, -4  # the first frame of a video, and each further one
 
@@ -132,7 +132,7 @@ def truncate(
 
     Args:
         lengths: number of tokens of each part, or less than 0 for an image.
-        tokens, images: available slots (without <s> and </s>).
+        tokens, images: room in the row (without <s> and </s>).
         end: which end is dropped, "tail" or "head".
     """
     fitting: list[int] = []
@@ -158,9 +158,9 @@ def pack(
     """Packs documents into few rows; returns lists of document numbers.
 
     First fit would collect long texts in some rows and images in others, so that each row runs
-    out of one kind of slots while the other kind stays empty. Two balanced algorithms are tried,
-    and the result with fewer rows is taken: usually `_fill` if documents differ in size, and
-    `_spread` if they are similar.
+    out of room for one while room for the other stays empty. Two balanced algorithms are tried, and
+    the result with fewer rows is taken: usually `_fill` if documents differ in size, and `_spread`
+    if they are similar.
 
     Raises:
         ValueError: a document does not fit in a row.

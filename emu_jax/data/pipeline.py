@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 _FORMER_KINDS: dict[str, str] = {"images": "pictures"}  # names in older checkpoints
 _CONSUMED = ("tokens", "images", "documents")
-_LEAST_SEEN = 1000  # documents, before the share of damaged ones is meaningful
+_LEAST_SEEN = 1000  # documents, before the fraction of damaged ones is meaningful
 
 
 class Consumed(NamedTuple):
@@ -275,14 +275,14 @@ class Batches(Iterator[HostBatch]):
     def statistics(self) -> dict[str, Any]:
         """Returns statistics of the global batches yielded so far.
 
-        token_fill, image_fill: fraction of token and image slots in use; tokens, images: number
-        of slots in use; documents: number of documents; truncated: how many of them were too long
-        and were cut; damaged: how many this process skipped, by reason.
+        token_fill, image_fill: fraction of tokens and images that are not padding; tokens, images:
+        how many are not padding; documents: number of documents; truncated: how many of them were
+        too long and were cut; damaged: how many this process skipped, by reason.
         """
         total = self._totals
         return {
-            "token_fill": total["tokens"] / max(1, total["token_slots"]),
-            "image_fill": total["images"] / max(1, total["image_slots"]),
+            "token_fill": total["tokens"] / max(1, total["token_capacity"]),
+            "image_fill": total["images"] / max(1, total["image_capacity"]),
             "tokens": total["tokens"],
             "images": total["images"],
             "documents": total["documents"],
@@ -291,7 +291,7 @@ class Batches(Iterator[HostBatch]):
         }
 
     def consumed(self) -> dict[str, Consumed] | None:
-        """Returns what the run has read from each source up to the last batch that was yielded.
+        """Returns how much the run has read from each source, up to the last batch yielded.
 
         It is part of the position. None after a checkpoint whose position lacks it.
         """
@@ -453,7 +453,7 @@ class _Maker:
         """
         for builder, streams in zip(self._builders, groups, strict=True):
             if len(streams) != builder.group.streams or any(
-                streams[n] is None for n in builder.share.streams()
+                streams[n] is None for n in builder.assignment.streams()
             ):
                 raise UserError(
                     f"the checkpoint's data position is of {sum(map(bool, streams))} streams of "
@@ -468,7 +468,7 @@ class _Maker:
             UserError: no batch ends at this position.
         """
         for builder, streams in zip(self._builders, position.groups, strict=True):
-            for stream in builder.share.streams():
+            for stream in builder.assignment.streams():
                 block, row = streams[stream] or (0, 0)
                 if builder.can_end_at((block, row), stream):
                     continue

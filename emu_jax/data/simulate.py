@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emu_jax import markdown
-from emu_jax.data.batches import Positions, RowBuilder, Share, plan_rows
+from emu_jax.data.batches import Positions, RowAssignment, RowBuilder, plan_rows
 from emu_jax.data.config import DataConfig
 from emu_jax.data.documents import Document, Source
 from emu_jax.data.lengths import TOTALS, Lengths
@@ -71,7 +71,7 @@ class SimulatedLengths(Lengths):
     """Lengths of `count` documents: each has an outline by a hash of its index.
 
     Args:
-        frames: tell frames of videos from still images.
+        frames: distinguish frames of videos from still images.
     """
 
     def __init__(self, distribution: Distribution, count: int, frames: bool = False) -> None:
@@ -156,7 +156,7 @@ class Simulation(NamedTuple):
 
     Attributes:
         documents: documents of all sources together.
-        token_fill, image_fill: fraction of token and image slots in use.
+        token_fill, image_fill: fraction of tokens and images that are not padding.
         plan_ms, documents_per_second, first_plan_seconds, memory_bytes: as in `PlanningCost`.
         index_bytes: indexes and token counts of all sources.
     """
@@ -215,7 +215,7 @@ def simulated_sources(
     """Returns sources with `documents` documents together, shared out by weight.
 
     Args:
-        frames: tell frames of videos from still images.
+        frames: distinguish frames of videos from still images.
     """
     total = sum(weight for _, weight in mixture)
     sources = []
@@ -235,32 +235,32 @@ def plan_steps(
     Returns the cost, and the mean of each of ROW_STATISTICS over the rows.
     """
 
-    def start() -> tuple[Share, Positions]:
+    def start() -> tuple[RowAssignment, Positions]:
         (group,) = make_groups(cfg, RowBuilder.requires, sources)
-        return Share(group, [range(rows)]), ((0, 0),) * group.streams
+        return RowAssignment(group, [range(rows)]), ((0, 0),) * group.streams
 
-    share, positions = start()
+    assignment, positions = start()
     totals = np.zeros(4, np.int64)
     began = time.process_time()
-    positions = plan_rows(share, positions).positions
+    positions = plan_rows(assignment, positions).positions
     first = time.process_time() - began
     local, began = 0, time.process_time()
     for _ in range(steps):
-        planned = plan_rows(share, positions)
+        planned = plan_rows(assignment, positions)
         positions = planned.positions
         totals += planned.totals.sum(axis=0)
         local += len(planned.placements)
     seconds = time.process_time() - began
     tracemalloc.start()
     try:
-        share, positions = start()
+        assignment, positions = start()
         for _ in range(max(1, steps // 10)):
-            positions = plan_rows(share, positions).positions
+            positions = plan_rows(assignment, positions).positions
         memory = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     cost = PlanningCost(1000 * seconds / steps, local / seconds, first, memory)
-    return cost, totals / (steps * sum(map(len, share.counted_rows)))
+    return cost, totals / (steps * sum(map(len, assignment.counted_rows)))
 
 
 def simulate(

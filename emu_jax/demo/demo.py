@@ -7,12 +7,13 @@ import dataclasses
 import json
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from sklearn.svm import SVC
 
@@ -204,7 +205,7 @@ class Judge:
         return np.stack([np.asarray(resize(_rgb(p), self.size)) for p in images])
 
     @staticmethod
-    def _features(images: UInt8[np.ndarray, "B Hh Ww 3"]) -> np.ndarray:
+    def _features(images: UInt8[np.ndarray, "B Hh Ww 3"]) -> Float[np.ndarray, "B 64"]:
         grey = [Image.fromarray(p).convert("L") for p in images]
         small = [np.asarray(p.resize((8, 8), Image.Resampling.BOX)) for p in grey]
         return np.stack(small).reshape(len(images), -1) / 255
@@ -222,8 +223,10 @@ def _caption(emu: Emu, split: str) -> tuple[list[tuple[Image.Image, str, bool]],
     return list(zip(inputs, captions, right, strict=True)), _mean(right)
 
 
-def _draw(emu: Emu, judge: Judge, seed: int) -> tuple[np.ndarray, float]:
-    """Generates images from words. Returns a 10x10 grid and the share that the judge recognizes."""
+def _draw(
+    emu: Emu, judge: Judge, seed: int
+) -> tuple[UInt8[np.ndarray, "10 images Hh Ww 3"], float]:
+    """Generates images from words. Returns a 10x10 grid and the judge's accuracy on all."""
     labels = np.repeat(np.arange(10), DRAWINGS)
     generated = emu.generate_image([[digits.caption(int(d), 0)] for d in labels], seed=seed)
     images = np.stack([np.asarray(image) for image in generated])
@@ -252,7 +255,7 @@ def _autoencode(
 ) -> tuple[list[tuple[Image.Image, Image.Image, bool]], float]:
     """Paints images of the split from their own features.
 
-    Returns (image, painted image, correct) for those to show, and the share of all in which the
+    Returns (image, painted image, correct) for those to show, and the fraction of all in which the
     judge recognizes the digit.
     """
     images, labels = digits.digit_images(split)
@@ -315,7 +318,7 @@ def _rgb(pixels: UInt8[np.ndarray, "h w"]) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def _mean(right: Any) -> float:
+def _mean(right: Sequence[bool] | Bool[np.ndarray, "_"]) -> float:
     return round(float(np.mean(right)), 4)
 
 

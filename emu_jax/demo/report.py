@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from emu_jax.page import ImageLike, details, html_table, image, tiles, write_page
 from emu_jax.train.report import STYLE, StageEvaluations, training_curves
@@ -27,7 +28,7 @@ def write_demo_report(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     held_out: Mapping[str, StageEvaluations] | None = None,
     captions: Sequence[tuple[ImageLike, str, bool]] = (),
-    drawings: np.ndarray | Sequence[Sequence[ImageLike]] = (),
+    drawings: UInt8[np.ndarray, "rows images Hh Ww 3"] | Sequence[Sequence[ImageLike]] = (),
     autoencodings: Sequence[tuple[ImageLike, ImageLike, bool]] = (),
     continuations: Sequence[tuple[Sequence[ImageLike], ImageLike, bool, str]] = (),
     config: Mapping[str, Any] | None = None,
@@ -60,14 +61,14 @@ def write_demo_report(
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    shares = {k: f"{100 * v:.1f}%" for k, v in figures.items() if k.endswith("accuracy")}
+    accuracies = {k: f"{100 * v:.1f}%" for k, v in figures.items() if k.endswith("accuracy")}
     judge = (
         "<p>A judge, trained on the training digits alone, recognizes the digit in each generated "
         "image. Its own accuracy is that on held-out digits.</p>"
     )
     about = judge if "judge_accuracy" in figures else ""
     named = {name.replace("_first_last", ", first and last"): v for name, v in figures.items()}
-    return f"{tiles(shares)}<section><h2>Figures</h2>{about}{html_table(named)}</section>"
+    return f"{tiles(accuracies)}<section><h2>Figures</h2>{about}{html_table(named)}</section>"
 
 
 def _captions(captions: Sequence[tuple[ImageLike, str, bool]]) -> str:
@@ -94,7 +95,9 @@ def _captions(captions: Sequence[tuple[ImageLike, str, bool]]) -> str:
     )
 
 
-def _drawings(drawings: np.ndarray | Sequence[Sequence[ImageLike]]) -> str:
+def _drawings(
+    drawings: UInt8[np.ndarray, "rows images Hh Ww 3"] | Sequence[Sequence[ImageLike]],
+) -> str:
     if len(drawings) == 0:
         return ""
     columns = len(drawings[0])

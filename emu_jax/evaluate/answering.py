@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from emu_jax.data.images import load_image
 from emu_jax.errors import UserError
@@ -93,8 +94,10 @@ class Answerer:
                 paths |= dict.fromkeys(example.media for example in examples.examples)
         return items, few_shot, {path: readers.submit(self._pixels, path) for path in paths}
 
-    def _pixels(self, path: Path) -> np.ndarray:
-        """Loads an image, uint8 [side, side, 3], or the F frames of a video, [F, side, side, 3].
+    def _pixels(
+        self, path: Path
+    ) -> UInt8[np.ndarray, "side side 3"] | UInt8[np.ndarray, "frames side side 3"]:
+        """Loads an image, or the frames of a video.
 
         Raises:
             UserError: the file cannot be read. Files are never skipped.
@@ -105,8 +108,8 @@ class Answerer:
             return np.stack([load_image(frame, size) for frame in media])
         return load_image(media, size)
 
-    def featurize(self, paths: Sequence[Path]) -> np.ndarray:
-        """Returns visual features [B, width] of files, averaged over the frames of a video."""
+    def featurize(self, paths: Sequence[Path]) -> Float[np.ndarray, "B D"]:
+        """Returns visual features of files, averaged over the frames of a video."""
         with ThreadPoolExecutor(_READERS) as readers:
             pixels = [p if p.ndim == 4 else p[None] for p in readers.map(self._pixels, paths)]
         features = self.emu.embed(list(np.concatenate(pixels)))
@@ -117,20 +120,24 @@ class Answerer:
         self,
         items: Sequence[Item],
         few_shot: Sequence[FewShotExamples],
-        pixels: Mapping[Path, np.ndarray],
+        pixels: Mapping[Path, UInt8[np.ndarray, "..."]],
     ) -> list[dict[str, Any]]:
         """Runs all stages on a batch and returns one row of the predictions file per item."""
-        said: list[dict[str, Any]] = [{} for _ in items]
-        asked: list[dict[str, str]] = [{} for _ in items]
+        # By item, then by stage.
+        answers: list[dict[str, Any]] = [{} for _ in items]
+        texts: list[dict[str, str]] = [{} for _ in items]
         for stage in self.task.stages(self.mode, self.in_context):
-            parts = [stage.prompt(i, e, s) for i, e, s in zip(items, few_shot, said, strict=True)]
+            parts = [
+                stage.prompt(item, examples, previous)
+                for item, examples, previous in zip(items, few_shot, answers, strict=True)
+            ]
             prompts = [[pixels[p] if isinstance(p, Path) else p for p in row] for row in parts]
-            answers = self._stage_answers(stage, items, prompts)
-            for row, texts, prompt, answer in zip(said, asked, parts, answers, strict=True):
-                row[stage.name], texts[stage.name] = answer, prompt_text(prompt)
+            given = self._stage_answers(stage, items, prompts)
+            for row, text, prompt, answer in zip(answers, texts, parts, given, strict=True):
+                row[stage.name], text[stage.name] = answer, prompt_text(prompt)
         return [
-            {"id": item.id, "answer": self.task.answer(item, row), "said": row, "asked": texts}
-            for item, row, texts in zip(items, said, asked, strict=True)
+            {"id": item.id, "answer": self.task.answer(item, row), "said": row, "asked": text}
+            for item, row, text in zip(items, answers, texts, strict=True)
         ]
 
     def _stage_answers(

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 Examples = Literal["none", "text", "random", "rices"]
 _CHUNK = 1024  # images per cached feature file
 
-# Returns features [B, width] of image or video files.
-Featurize = Callable[[Sequence[Path]], np.ndarray]
+# Returns features of image or video files.
+Featurize = Callable[[Sequence[Path]], Float[np.ndarray, "B D"]]
 
 
 class FewShot:
@@ -57,7 +57,7 @@ class FewShot:
                 f"--shots {shots} needs {shots + 1} images with answers to choose from, the "
                 f"training split has {len(self._paths)}"
             )
-        self._features: np.ndarray | None = None  # [images, W], unit length
+        self._features: Float[np.ndarray, "images D"] | None = None  # unit length
         self._fixed = self._draw(np.random.default_rng(seed), None) if kind == "text" else ()
 
     def index(

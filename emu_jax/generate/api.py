@@ -53,6 +53,7 @@ from emu_jax.generate.prompt import (
     Prompt,
     PromptBatch,
     PromptImage,
+    PromptPart,
     Prompts,
     as_parts,
     as_prompts,
@@ -231,7 +232,7 @@ class Emu:
     ) -> str: ...
     def generate_text(
         self,
-        prompt: Any,
+        prompt: Parts | Prompts,
         *,
         choices: Sequence[str] | None = None,
         **settings: Unpack[TextSettings],
@@ -291,7 +292,7 @@ class Emu:
         return ids[0] if single else ids
 
     def _generate_ids(
-        self, prompts: Sequence[Any], choices: Sequence[str] | None, settings: TextSettings
+        self, prompts: Sequence[Parts], choices: Sequence[str] | None, settings: TextSettings
     ) -> Int[np.ndarray, "B T"]:
         cfg = self.defaults.replace(**settings)
         allowed = None
@@ -301,8 +302,8 @@ class Emu:
             ids = [(*self.tokenizer.encode(c, bos=False), self.cfg.tokens.eos) for c in choices]
             allowed = text.choices_table(tuple(ids))
         rows = self._prompts(prompts, cfg.max_new_tokens, cfg)
-        slots = self._batcher.shapes.new_tokens
-        static, dynamic = StaticSettings.of(cfg, self.cfg.tokens, slots), DynamicSettings.of(cfg)
+        length = self._batcher.shapes.new_tokens
+        static, dynamic = StaticSettings.of(cfg, self.cfg.tokens, length), DynamicSettings.of(cfg)
         result = np.full((len(rows), cfg.max_new_tokens + 1), self.cfg.tokens.pad, np.int32)
         for chunk, batch in self._batcher.batches(rows, "left", per_row=cfg.num_beams):
             text_keys, _ = _row_keys(chunk.filled, cfg.seed)
@@ -328,7 +329,7 @@ class Emu:
     @overload
     def rank(self, prompt: Parts, candidates: Sequence[str], *, segments: int = 1) -> list[int]: ...
     def rank(
-        self, prompt: Any, candidates: Sequence[Any], *, segments: int = 1
+        self, prompt: Parts | Prompts, candidates: Sequence[Any], *, segments: int = 1
     ) -> list[int] | list[list[int]]:
         """Ranks candidate continuations of a prompt, and returns their indices, likeliest first.
 
@@ -345,7 +346,7 @@ class Emu:
         return ranked[0] if single else ranked
 
     def _rank(
-        self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]], segments: int
+        self, prompts: Sequence[Parts], candidates: Sequence[Sequence[str]], segments: int
     ) -> list[list[int]]:
         fewest = min(map(len, candidates), default=0)
         if fewest and not 1 <= segments <= fewest:
@@ -380,7 +381,7 @@ class Emu:
         return sums[0] if single else sums
 
     def _candidate_losses(
-        self, prompts: Sequence[Any], candidates: Sequence[Sequence[str]]
+        self, prompts: Sequence[Parts], candidates: Sequence[Sequence[str]]
     ) -> list[tuple[Float[np.ndarray, "candidates"], list[int], int]]:
         """Returns, for each prompt, the summed losses of its candidates, their numbers of tokens,
         and the prompt's."""
@@ -393,7 +394,7 @@ class Emu:
         longest = [max(map(len, row)) for row in ids]
         rows = self._prompts(prompts, longest, self.defaults)
         width = bucket(max(longest))
-        losses: dict[int, np.ndarray] = {}
+        losses: dict[int, Float[np.ndarray, "candidates"]] = {}
         for chunk, batch in self._batcher.batches(rows, "left", per_row=count):
             table = np.full((len(batch.tokens), bucket(count, 1), width), -1, np.int32)
             for n, i in enumerate(chunk.index):
@@ -450,10 +451,10 @@ class Emu:
     ) -> Image.Image: ...
     def generate_image(
         self,
-        prompt: Any,
+        prompt: Parts | Prompts,
         *,
-        negative_prompt: Any = None,
-        seed: Any = None,
+        negative_prompt: Parts | None = None,
+        seed: int | Sequence[int] | None = None,
         stop: Callable[[], bool] | None = None,
         **settings: Unpack[ImageSettings],
     ) -> Image.Image | list[Image.Image]:
@@ -464,11 +465,12 @@ class Emu:
         from its own features, without the language model.
 
         Args:
-            negative_prompt: what guidance leads away from; by default, as in the release, the empty
-                prompt, or the null image where an image is painted from its own features.
+            negative_prompt: the prompt that guidance leads away from; by default, as in the
+                release, the empty prompt, or the null image where an image is painted from its own
+                features.
             seed: for many prompts, either a seed for each image, or one from which each image's
                 own follows.
-            stop: asked every few calls of the denoiser whether to give up.
+            stop: called every few steps of the denoiser; True ends the call with `Stopped`.
 
         Raises:
             UserError: a part or a setting is invalid, or the model cannot generate images.
@@ -496,7 +498,7 @@ class Emu:
         return embeddings[0] if single else embeddings
 
     def _conditions(
-        self, prompts: Sequence[Any]
+        self, prompts: Sequence[Parts]
     ) -> tuple[Float[Array, "B N E"], Bool[np.ndarray, "B"]]:
         """Returns the embeddings to paint for each prompt, and whether they are the features of an
         image that is the whole prompt, rather than regressed."""
@@ -519,12 +521,12 @@ class Emu:
         embeddings = jnp.concatenate([self._encode_all(images)[: len(alone)], regressed])
         return embeddings[np.argsort(np.concatenate([alone, others]))], autoencoded
 
-    def _autoencodes(self, parts: Sequence[Any]) -> bool:
+    def _autoencodes(self, parts: Sequence[PromptPart]) -> bool:
         """Returns whether a prompt is a single image that is painted from its own features."""
         single = len(parts) == 1 and not isinstance(parts[0], str) and not is_video(parts[0])
         return single and self.cfg.autoencodes
 
-    def _regress_all(self, prompts: Sequence[Any]) -> Float[Array, "B N E"]:
+    def _regress_all(self, prompts: Sequence[Parts]) -> Float[Array, "B N E"]:
         n, width = self.cfg.n_embeddings, self.cfg.embedding_width
         rows = self._prompts(prompts, n)
         embeddings: dict[int, Array] = {}
@@ -536,6 +538,24 @@ class Emu:
             return jnp.zeros((0, n, width), self.dtype)
         return jnp.stack([embeddings[i] for i in range(len(rows))])
 
+    @overload
+    def paint(
+        self,
+        embeddings: Float[Array, "B N E"],
+        *,
+        negative_prompt: Parts | None = None,
+        seed: Sequence[int],
+        **settings: Unpack[ImageSettings],
+    ) -> list[Image.Image]: ...
+    @overload  # type checkers count no axes: `Any` stands for the list of many with one seed
+    def paint(
+        self,
+        embeddings: Float[Array, "N E"] | Float[Array, "B N E"],
+        *,
+        negative_prompt: Parts | None = None,
+        seed: int | None = None,
+        **settings: Unpack[ImageSettings],
+    ) -> Image.Image | Any: ...
     def paint(
         self,
         embeddings: Float[Array, "N E"] | Float[Array, "B N E"],
@@ -552,7 +572,9 @@ class Emu:
         images = self._paint(embeddings, keys, cfg, negative_prompt)
         return Image.fromarray(images[0]) if single else [*map(Image.fromarray, images)]
 
-    def _seeded_image_keys(self, seed: Any, count: int, cfg: GenerationConfig) -> Key[Array, "B"]:
+    def _seeded_image_keys(
+        self, seed: int | Sequence[int] | None, count: int, cfg: GenerationConfig
+    ) -> Key[Array, "B"]:
         seed = cfg.seed if seed is None else seed
         if isinstance(seed, int | float | str | np.number):
             check_seed(seed)
@@ -610,7 +632,7 @@ class Emu:
         negative_prompt: Parts | None = None,
         autoencoded: Bool[np.ndarray, "B"] | None = None,
     ) -> Painting:
-        """Returns what images are painted with, beside their embeddings and keys.
+        """Returns the inputs of painting other than embeddings and keys.
 
         Args:
             autoencoded: which embeddings are the features of an image; None: none of them.
@@ -665,7 +687,9 @@ class Emu:
 
     # --- Text and images ---
 
-    def stream(self, prompt: Any, **settings: Unpack[MixedSettings]) -> Iterator[str | Image.Image]:
+    def stream(
+        self, prompt: Parts, **settings: Unpack[MixedSettings]
+    ) -> Iterator[str | Image.Image]:
         """Streams the output of `complete` for one prompt: text a few tokens at a time, images
         whole.
 
@@ -711,7 +735,7 @@ class Emu:
         self, prompt: Parts, **settings: Unpack[MixedSettings]
     ) -> list[str | Image.Image]: ...
     def complete(
-        self, prompt: Any, **settings: Unpack[MixedSettings]
+        self, prompt: Parts | Prompts, **settings: Unpack[MixedSettings]
     ) -> list[str | Image.Image] | list[list[str | Image.Image]]:
         """Continues a prompt, or each of many, with text and images, as the model decides.
 
@@ -728,7 +752,7 @@ class Emu:
         return completed[0] if single else completed
 
     def _complete_all(
-        self, prompts: Sequence[Any], settings: MixedSettings
+        self, prompts: Sequence[Parts], settings: MixedSettings
     ) -> list[list[str | Image.Image]]:
         cfg = self.defaults.replace(**settings)
         rows = self._prompts(prompts, cfg.max_new_tokens, cfg)
@@ -803,7 +827,7 @@ class Emu:
                 self._need_painter()
                 fix = "shorten it" if max_images else "raise max_images"
                 raise UserError(
-                    f"{_name(number, rows)} ends in [IMG], which opens an image, but there is no "
+                    f"{_name(number, rows)} ends in [IMG], which starts an image, but there is no "
                     f"room for one (max_images {max_images}, {positions} positions in all): {fix}"
                 )
         if short := int(np.sum(room < max_images)):
@@ -838,7 +862,7 @@ class Emu:
 
     def _prompts(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Parts],
         new: int | Sequence[int],
         chat: GenerationConfig | None = None,
     ) -> list[Prompt]:
@@ -866,7 +890,7 @@ class Emu:
             rows.append(row)
         return rows
 
-    def _prompt(self, parts: Any, chat: GenerationConfig | None) -> Prompt:
+    def _prompt(self, parts: Parts, chat: GenerationConfig | None) -> Prompt:
         parts = as_parts(parts)
         spelled = any(isinstance(p, str) and USER in p for p in parts)
         if chat is not None and self.tokenizer.user is not None and not spelled:
@@ -916,7 +940,7 @@ class Emu:
         shape = (0, self.cfg.n_embeddings, self.cfg.embedding_width)
         return jnp.concatenate(encoded) if encoded else jnp.zeros(shape, self.dtype)
 
-    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
 
@@ -1013,7 +1037,7 @@ def _paints(model: EmuModel) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(number: int, rows: Sequence[Any]) -> Iterator[None]:
+def _naming(number: int, rows: Sequence[object]) -> Iterator[None]:
     """Names one of many prompts in the errors of a block."""
     try:
         yield
@@ -1023,7 +1047,7 @@ def _naming(number: int, rows: Sequence[Any]) -> Iterator[None]:
         raise UserError(f"{_name(number, rows)}: {error}") from None
 
 
-def _name(number: int, rows: Sequence[Any]) -> str:
+def _name(number: int, rows: Sequence[object]) -> str:
     return "the prompt" if len(rows) == 1 else f"prompt {number + 1} of {len(rows)}"
 
 

@@ -181,6 +181,6 @@ def save_batch(
     ]
 
 
-def lines(shown: Sequence[Any]) -> str:
+def lines(shown: Sequence[object]) -> str:
     """Formats the answers of a batch, one JSON list a line."""
     return "\n".join(json.dumps(parts) for parts in shown)

@@ -1,7 +1,6 @@
 """Continuous batching: requests of unequal length join and leave a running batch.
 
-Prompts that wait for a slot's first token are read together, those of one padded length in batches
-of a few sizes.
+Waiting prompts are prefilled together, those of one padded length in batches of a few sizes.
 
 A slot holds the decoding state of one request: a batch of one row (`mixed.MixedState`). The states
 of all slots are arrays with a leading slot axis. Their shapes never change, so one program decodes
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8, UInt32
 from PIL import Image
 
 from emu_jax import diffusion
@@ -64,11 +63,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 PROMPT_TOKENS = 4096  # default of `Engine`
 PREFILL_ROWS = (1, 4, 8)  # sizes of a batch of prompts, or of their images; fewer than the slots
-PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is read alone
+PREFILL_TOKENS = 2048  # of a batch of prompts, padding included; a longer prompt is prefilled alone
 PREVIEWS = 5  # of an image, at most: each is decoded to pixels, which takes as long as a step
 # Kinds of requests: `stream`, `generate_image`, `search`.
 TEXT_REQUEST, IMAGE_REQUEST, SEARCH_REQUEST = "text", "image", "search"
-LOST = "the state of the batch was lost when a prompt could not be read into it"
+LOST = "the state of the batch was lost when a prompt could not be prefilled into it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +104,8 @@ class Engine:
     """Answers many requests at once.
 
     `stream` and `generate_image` return iterators that yield None while they wait. `step` then
-    reads the prompts of all that began, decodes a few tokens, and denoises a few steps, of all of
-    them. Nothing here may be called from two threads at a time.
+    prefills the prompts of those that began, decodes a few tokens of each, and denoises a few steps
+    of each image. Nothing here may be called from two threads at a time.
 
     Args:
         emu: the model. Its `shapes` and `batch_size` bound the programs that are compiled.
@@ -141,18 +140,18 @@ class Engine:
         self._searching = False  # whether a beam search runs
 
     def step(self) -> None:
-        """Reads the prompts that wait, decodes a few elements of every slot, and denoises images.
+        """Prefills waiting prompts, decodes a few elements of every slot, and denoises images.
 
-        A prompt that cannot be read ends its own iterator, and images that cannot be denoised end
-        theirs. After an error here, none of the requests in progress can continue: close their
-        iterators.
+        A prompt that cannot be prefilled ends its own iterator, and images that cannot be denoised
+        end theirs. After an error here, none of the requests in progress can continue: close
+        their iterators.
         """
         try:
             with self.emu._on_mesh():
-                joined = self._text.read_prompts()
-                # One step after reading a prompt: others may be waiting, and many answers are only
+                prefilled = self._text.prefill_waiting()
+                # One step after a prefill: other prompts may be waiting, and many answers are only
                 # a token or two.
-                self._text.decode(1 if joined else ELEMENTS_PER_STREAM_CHECK)
+                self._text.decode(1 if prefilled else ELEMENTS_PER_STREAM_CHECK)
                 try:
                     self._images.denoise()
                 except Exception as error:
@@ -164,8 +163,8 @@ class Engine:
             raise
 
     def warm_up(self) -> list[Callable[[], None]]:
-        """Returns the steps that compile what requests with default settings run. Call them in
-        order, before the first request.
+        """Returns functions that compile the programs of requests with default settings. Call them
+        in order, before the first request.
 
         Beam search, prompts too long for a slot, and images without guidance or of another size
         still compile when they are first asked for.
@@ -206,8 +205,8 @@ class Engine:
     def kinds(self) -> dict[str, int]:
         """Limits on the requests of a kind in progress, so that others find room beside them.
 
-        The prompt of one more image is read while others are denoised. More texts than slots may
-        run, so that a prompt is ready for the next free slot.
+        The prompt of one more image is prefilled while others are denoised. More texts than slots
+        may run, so that a prompt is ready for the next free slot.
         """
         texts = self.slots + self.image_slots
         return {TEXT_REQUEST: texts, IMAGE_REQUEST: self.image_slots + 1, SEARCH_REQUEST: 1}
@@ -219,7 +218,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: Any,
+        prompt: Parts,
         *,
         previews: bool = False,
         stops: Sequence[str] = (),
@@ -243,7 +242,7 @@ class Engine:
         last, length = int(rows[0].tokens[-1]), len(rows[0].tokens)
         more = cfg.max_new_tokens + int(room[0]) * (self.cfg.n_embeddings + 1)
         if (
-            static.text_slots > largest.text_slots
+            static.text_length > largest.text_length
             or static.max_images > largest.max_images
             or not self._text.fits(length, more)
         ):
@@ -255,7 +254,7 @@ class Engine:
         try:
             yield from self._text.join(slot, rows[0], cfg, cfg.seed, int(room[0]))
             while True:
-                tokens, images, done = self._text.read(slot)
+                tokens, images, done = self._text.output(slot)
                 ended = done or len(tokens) >= self._text.elements
                 embeddings = self._text.embeddings(slot) if images else None
                 for part in progress.advance(tokens, images=images, ended=ended):
@@ -280,7 +279,7 @@ class Engine:
 
     def _stream_alone(
         self,
-        prompt: Any,
+        prompt: Parts,
         length: int,
         cfg: GenerationConfig,
         settings: MixedSettings,
@@ -301,7 +300,7 @@ class Engine:
         written = len(self.tokenizer.encode_plain(text))
         yield Usage(length, written, written < cfg.max_new_tokens)
 
-    def search(self, prompt: Any, **settings: Unpack[TextSettings]) -> Iterator[EnginePart]:
+    def search(self, prompt: Parts, **settings: Unpack[TextSettings]) -> Iterator[EnginePart]:
         """Yields the text that `Emu.generate_text` finds by beam search, then `Usage`.
 
         It computes a few tokens at a time, outside the batch, and yields None before each. One
@@ -381,7 +380,7 @@ class Engine:
             autoencoded=autoencoded,
         )
 
-    def _regress(self, prompt: Any) -> Generator[None, None, Float[Array, "1 N E"]]:
+    def _regress(self, prompt: Parts) -> Generator[None, None, Float[Array, "1 N E"]]:
         """Regresses the embeddings of the image that follows a prompt, and returns them [1, N, E].
 
         It is a continuation without text that starts with the image.
@@ -393,10 +392,10 @@ class Engine:
             return emu._regress_all([prompt])
         slot = yield from self._slot()
         try:
-            # The seed is unused: nothing is sampled. The prompt is read alone, since rounding in a
-            # batch of another size can change a pixel by a level.
+            # The seed is unused: nothing is sampled. The prompt is prefilled alone, since rounding
+            # in a batch of another size can change a pixel by a level.
             yield from self._text.join(slot, rows[0], TextConfig(), 0, 1, text=0, alone=True)
-            while not self._text.read(slot)[1]:
+            while not self._text.output(slot)[1]:
                 yield None
             return self._text.embeddings(slot)[:, 0]
         finally:
@@ -436,20 +435,20 @@ class Engine:
 
 
 @dataclasses.dataclass(eq=False)
-class _Arriving:
-    """A prompt that waits to be read into its slot.
+class _WaitingPrompt:
+    """A prompt that waits to be prefilled into its slot.
 
     Attributes:
         length: its tokens with padding.
-        alone: whether no other prompt may be read in its batch.
-        error: why it could not be read.
+        alone: whether no other prompt may be prefilled in its batch.
+        error: why it could not be prefilled.
     """
 
     slot: int
     prompt: Prompt
     length: int
     alone: bool
-    read: bool = False
+    prefilled: bool = False
     error: Exception | None = None
 
 
@@ -462,7 +461,7 @@ class _TextSlots:
         self._emu, self.static, self._shapes = emu, static, emu._batcher.shapes
         self.elements = static.steps(emu.cfg.n_embeddings)
         context = bucket(emu.cfg.llama.context_length)
-        self._cache_slots = min(context, bucket(prompt_tokens) + self.elements)
+        self._cache_capacity = min(context, bucket(prompt_tokens) + self.elements)
         self.taken = np.zeros(slots, bool)
         self.active = np.zeros(slots, bool)  # taken, and not done
         self._sampled = np.zeros(slots, bool)
@@ -475,21 +474,21 @@ class _TextSlots:
             self._sampled,
         )
         self._seeds = np.zeros(slots, np.uint32)
-        self._waiting: list[_Arriving] = []  # oldest first
+        self._waiting: list[_WaitingPrompt] = []  # oldest first
         self._state: mixed.MixedState | None = None
-        self._read: dict[str, np.ndarray] = {}
+        self._fetched: dict[str, np.ndarray] = {}
         self._zeros: dict[tuple[int, ...], Array] = {}  # by shape
 
     @property
     def cache_bytes(self) -> int:
         """Size of a slot's KV cache."""
         llama, dtype = self._emu.model.llama, self._emu.dtype
-        cache = jax.eval_shape(lambda: llama.empty_cache(1, self._cache_slots, dtype))
+        cache = jax.eval_shape(lambda: llama.empty_cache(1, self._cache_capacity, dtype))
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((cache.k, cache.v)))
 
     def fits(self, length: int, more: int) -> bool:
         """Returns whether a slot has room for a prompt and `more` elements behind it."""
-        return max(self._padded(length), length + more) <= self._cache_slots
+        return max(self._padded(length), length + more) <= self._cache_capacity
 
     def _padded(self, length: int) -> int:
         return bucket(length, self._shapes.length)
@@ -523,40 +522,40 @@ class _TextSlots:
         text: int | None = None,
         alone: bool = False,
     ) -> Iterator[None]:
-        """Waits until a prompt is read into a slot (`read_prompts`).
+        """Waits until a prompt is prefilled into a slot (`prefill_waiting`).
 
         Args:
             text: text tokens that may follow; by default `cfg.max_new_tokens`.
-            alone: whether no other prompt may be read in its batch.
+            alone: whether no other prompt may be prefilled in its batch.
         """
         text = cfg.max_new_tokens if text is None else text
         values = (text, cfg.temperature, cfg.top_k, cfg.top_p, max_images, cfg.do_sample)
         for array, value in zip(self._settings, values, strict=True):
             array[slot] = value
         self._seeds[slot] = seed
-        arriving = _Arriving(slot, prompt, self._padded(len(prompt.tokens)), alone)
-        self._waiting.append(arriving)
-        while not arriving.read:
+        waiting = _WaitingPrompt(slot, prompt, self._padded(len(prompt.tokens)), alone)
+        self._waiting.append(waiting)
+        while not waiting.prefilled:
             yield None
-            if arriving.error is not None:
-                raise arriving.error
+            if waiting.error is not None:
+                raise waiting.error
 
-    def read_prompts(self) -> bool:
-        """Reads the prompts that wait into their slots, those of one padded length in batches.
-        Returns whether there were any."""
+    def prefill_waiting(self) -> bool:
+        """Prefills waiting prompts into their slots, those of one padded length in batches. Returns
+        whether there were any."""
         if not self._waiting:
             return False
         # With another padding the last digits of a prompt's states, and perhaps the answer, would
         # differ from those of the prompt alone.
-        groups: dict[tuple[int, bool, bool], list[_Arriving]] = collections.defaultdict(list)
-        for arriving in self._waiting:
-            images = arriving.prompt.images
+        groups: dict[tuple[int, bool, bool], list[_WaitingPrompt]] = collections.defaultdict(list)
+        for waiting in self._waiting:
+            images = waiting.prompt.images
             normalized = len(images) > 0 and images.dtype != np.uint8
-            groups[arriving.length, normalized, arriving.alone].append(arriving)
+            groups[waiting.length, normalized, waiting.alone].append(waiting)
         self._waiting = []
         for (length, _, alone), group in groups.items():
             for batch, size in batches(group, [1] if alone else self.sizes(length)):
-                self._read_batch(batch, size)
+                self._prefill_batch(batch, size)
         if self._state is not None:
             self._fetch()
         return True
@@ -566,39 +565,38 @@ class _TextSlots:
         sizes = [rows for rows in PREFILL_ROWS if rows < len(self.taken)]
         return [1, *(rows for rows in sizes if rows > 1 and rows * length <= PREFILL_TOKENS)]
 
-    def _read_batch(self, batch: Sequence[_Arriving], size: int) -> None:
-        """Reads prompts into their slots in a batch of `size` rows, or one by one if they cannot be
-        read together."""
+    def _prefill_batch(self, batch: Sequence[_WaitingPrompt], size: int) -> None:
+        """Prefills prompts into their slots in a batch of `size` rows; one by one if that fails."""
         if self._state is None and self.active.any():
             raise RuntimeError(LOST)
         rows = None
         try:
-            rows = self._prefill(batch, size)
+            rows = self._prefilled(batch, size)
         except Exception as error:
             if len(batch) == 1:
                 batch[0].error = error
                 return
-            log.warning("%d prompts could not be read together: %s", len(batch), error)
+            log.warning("%d prompts could not be prefilled together: %s", len(batch), error)
         if rows is None:  # outside of `except`: the error refers to the arrays of the batch
             for each in batch:
-                self._read_batch([each], 1)
+                self._prefill_batch([each], 1)
             return
         states, self._state = self._state, None  # donated: lost if `_insert` fails
         if states is None:
-            states = _empty_slots(rows, len(self.taken), self._cache_slots)
+            states = _empty_slots(rows, len(self.taken), self._cache_capacity)
         states = _insert(states, rows, _slots_of(batch, size), np.int32(len(batch)))
         jax.block_until_ready(states)
         self._state = states
         for each in batch:
-            each.read = self.active[each.slot] = True
+            each.prefilled = self.active[each.slot] = True
 
-    def _prefill(self, batch: Sequence[_Arriving], size: int) -> mixed.MixedState:
+    def _prefilled(self, batch: Sequence[_WaitingPrompt], size: int) -> mixed.MixedState:
         """Returns the state of each prompt after its first element, and of padding. The slots keep
         theirs."""
         prompts = [each.prompt for each in batch]
         padded = self._batch(prompts, batch[0].length, size)
         slots = _slots_of(batch, size)
-        rows = _read_rows(*self._arguments(slots, padded, self._encode(prompts, padded)))
+        rows = _prefill_rows(*self._arguments(slots, padded, self._encode(prompts, padded)))
         return jax.block_until_ready(rows)  # a failure must show before slots are donated
 
     def _batch(self, prompts: Sequence[Prompt], length: int, rows: int) -> PromptBatch:
@@ -615,7 +613,7 @@ class _TextSlots:
     def _arguments(
         self, slots: Int[np.ndarray, "B"], batch: PromptBatch, images: Float[Array, "B images N E"]
     ) -> tuple[Any, ...]:
-        """Returns the arguments of `_read_rows` for the prompts of slots."""
+        """Returns the arguments of `_prefill_rows` for the prompts of slots."""
         return (
             self._emu._graphdef,
             self._emu._params,
@@ -676,14 +674,14 @@ class _TextSlots:
         return self._encode_images(np.zeros((1, side, side, 3), np.uint8), np.zeros(1, bool))
 
     def prompt_shapes(self) -> list[tuple[int, int]]:
-        """Returns the padded lengths of prompts, and for each the numbers that are read at once."""
+        """Returns the padded lengths of prompts, each with the sizes of its prefill batches."""
         shapes, length = [], 0
-        while (length := self._padded(length + 1)) <= self._cache_slots:
+        while (length := self._padded(length + 1)) <= self._cache_capacity:
             shapes += [(length, rows) for rows in self.sizes(length)]
         return shapes
 
     def compile_images(self, size: int) -> None:
-        """Compiles what encodes the images of prompts in batches of a size."""
+        """Compiles the encoding of the images of prompts in batches of a size."""
         side, cfg = self._emu.cfg.vision.image_size, self._emu.cfg
         with self._emu._on_mesh():
             pixels = np.zeros((size, side, side, 3), np.uint8)
@@ -694,22 +692,22 @@ class _TextSlots:
                 _put_images(images, part, outside, outside, shape)
 
     def compile(self, length: int, rows: int) -> None:
-        """Compiles what reads a number of prompts of a padded length into slots.
+        """Compiles the prefill of a number of prompts of a padded length into slots.
 
-        Nothing is run: reading a long prompt may take longer than compiling.
+        Nothing is run: the prefill of a long prompt may take longer than compiling.
 
         Raises:
-            RuntimeError: no prompt has been read yet.
+            RuntimeError: no prompt has been prefilled yet.
         """
         with self._emu._on_mesh():
             self._compile(self._present_state(), length, rows)
 
     def compile_decoding(self) -> None:
-        """Compiles what decodes the slots, in case that all dummy answers ended with their first
+        """Compiles decoding, in case that all dummy answers ended with their first
         token.
 
         Raises:
-            RuntimeError: no prompt has been read yet.
+            RuntimeError: no prompt has been prefilled yet.
         """
         with self._emu._on_mesh():
             _decode_slots.lower(*self._decode_arguments(self._present_state(), 1)).compile()
@@ -724,9 +722,9 @@ class _TextSlots:
         prompts = [self._dummy(length, 0)]
         batch = self._batch(prompts, length, rows)
         arguments = self._arguments(slots, batch, self._encode(prompts, batch))
-        _read_rows.lower(*arguments).compile()
-        read = jax.tree.map(_sharded_like, _read_rows.eval_shape(*arguments), state)
-        _insert.lower(state, read, slots, np.int32(rows)).compile()
+        _prefill_rows.lower(*arguments).compile()
+        rows_state = jax.tree.map(_sharded_like, _prefill_rows.eval_shape(*arguments), state)
+        _insert.lower(state, rows_state, slots, np.int32(rows)).compile()
 
     def _dummy(self, length: int, images: int) -> Prompt:
         side, tokens = self._emu.cfg.vision.image_size, np.zeros(length, np.int32)
@@ -756,20 +754,20 @@ class _TextSlots:
         )
 
     def _fetch(self) -> None:
-        """Copies what `read` returns before the state is donated to the next program."""
+        """Copies what `output` returns before the state is donated to the next program."""
         assert self._state is not None
         names = ("tokens", "step", "count", "done")
-        self._read = {name: to_host(getattr(self._state, name)) for name in names}
-        self.active &= ~self._read["done"][:, 0] & (self._read["step"] < self.elements)
+        self._fetched = {name: to_host(getattr(self._state, name)) for name in names}
+        self.active &= ~self._fetched["done"][:, 0] & (self._fetched["step"] < self.elements)
 
     def length(self, slot: int) -> int:
-        """Returns how many elements `read` returns."""
-        return min(int(self._read["step"][slot]), self.elements)
+        """Returns how many elements `output` returns."""
+        return min(int(self._fetched["step"][slot]), self.elements)
 
-    def read(self, slot: int) -> tuple[Int[np.ndarray, "T"], int, bool]:
+    def output(self, slot: int) -> tuple[Int[np.ndarray, "T"], int, bool]:
         """Returns the tokens so far, the number of complete images, and whether it has ended."""
-        tokens = self._read["tokens"][slot, 0, : self.length(slot)]
-        return tokens, int(self._read["count"][slot, 0]), bool(self._read["done"][slot, 0])
+        tokens = self._fetched["tokens"][slot, 0, : self.length(slot)]
+        return tokens, int(self._fetched["count"][slot, 0]), bool(self._fetched["done"][slot, 0])
 
     def embeddings(self, slot: int) -> Float[Array, "1 images N E"]:
         """Returns the embeddings of a slot's images."""
@@ -927,7 +925,7 @@ def has_stop(text: str, stops: Sequence[str]) -> bool:
     return any(stop in text.lstrip() for stop in stops)
 
 
-def _padded(column: np.ndarray, rows: int) -> np.ndarray:
+def _padded(column: Shaped[np.ndarray, "_ *A"], rows: int) -> Shaped[np.ndarray, "{rows} *A"]:
     return np.pad(column, [(0, rows - len(column))] + [(0, 0)] * (column.ndim - 1))
 
 
@@ -963,7 +961,7 @@ def _put_images(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"))
-def _read_rows(
+def _prefill_rows(
     graphdef: nnx.GraphDef,
     params: Variables,
     images: Float[Array, "B images N E"],
@@ -979,7 +977,7 @@ def _read_rows(
     emu = nnx.merge(graphdef, params)
     length = tokens.shape[1]
 
-    def read(
+    def prefill(
         x: Float[Array, "T D"],
         valid: Bool[Array, "T"],
         starts_image: Bool[Array, ""],
@@ -987,16 +985,16 @@ def _read_rows(
         keys: Key[Array, "1"],
     ) -> mixed.MixedState:
         emu = nnx.merge(graphdef, params)
-        # A slot to spare: annotations cannot tell a cache that is as long as a head is wide.
+        # An entry to spare: annotations cannot tell a cache that is as long as a head is wide.
         state = mixed.start(
-            emu, x[None], valid[None], starts_image[None], static, dynamic, keys, cache_slots=1
+            emu, x[None], valid[None], starts_image[None], static, dynamic, keys, free_entries=1
         )
         return state._replace(cache=state.cache.drop(length - jnp.sum(valid)).resized(length))
 
     x = emu.embed(tokens, images, embedding_index)
     starts_image = tokens[:, -1] == emu.cfg.tokens.img
-    read_all = jax.vmap(read, (0, 0, 0, _DYNAMIC_AXES, 0))
-    return read_all(x, valid, starts_image, dynamic, _text_keys(seeds))
+    prefill_all = jax.vmap(prefill, (0, 0, 0, _DYNAMIC_AXES, 0))
+    return prefill_all(x, valid, starts_image, dynamic, _text_keys(seeds))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "static"), donate_argnames=("state",))
@@ -1046,8 +1044,8 @@ def _start_search(
     """Returns the state of a beam search after its first token."""
     emu = nnx.merge(graphdef, params)
     x = emu.embed(tokens, images, embedding_index)
-    slots = static.num_beams * (static.slots - 1)
-    decoding, _ = text.prefill(emu.llama.unstacked_for_decoding(), x, valid, slots)
+    new_tokens = static.num_beams * (static.output_length - 1)
+    decoding, _ = text.prefill(emu.llama.unstacked_for_decoding(), x, valid, new_tokens)
     return text.start_search(decoding, static, dynamic, keys)
 
 
@@ -1112,9 +1110,9 @@ def _denoise_slots(
     return jax.lax.fori_loop(0, STEPS_PER_STOP_CHECK, step, state)
 
 
-def _empty_slots(rows: mixed.MixedState, slots: int, cache_slots: int) -> mixed.MixedState:
-    """Returns slots for states like `rows`, with room for so many tokens in each cache."""
-    wide = jax.eval_shape(lambda: rows._replace(cache=rows.cache.resized(cache_slots)))
+def _empty_slots(rows: mixed.MixedState, slots: int, cache_capacity: int) -> mixed.MixedState:
+    """Returns slots for states like `rows`, each with a cache of `cache_capacity` entries."""
+    wide = jax.eval_shape(lambda: rows._replace(cache=rows.cache.resized(cache_capacity)))
     return jax.tree.map(functools.partial(_zeros, slots=slots), wide)
 
 
@@ -1133,7 +1131,7 @@ def _insert(states: T, rows: T, slots: Int[Array, "B"], count: Int[Array, ""]) -
     """Puts each of the first `count` rows into its slot.
 
     A slot's cache may have room for more tokens than a row's. What a former request left behind the
-    row's tokens stays there: no token sees a place of the cache before it is written.
+    row's tokens stays there: no token sees a cache entry before it is written.
     """
 
     def insert(i: Int[Array, ""], states: T) -> T:
@@ -1152,7 +1150,7 @@ def _take(states: T, slot: Int[Array, ""]) -> T:
     return jax.tree.map(lambda a: a[slot], states)
 
 
-def _slots_of(batch: Sequence[_Arriving], size: int) -> Int[np.ndarray, "size"]:
+def _slots_of(batch: Sequence[_WaitingPrompt], size: int) -> Int[np.ndarray, "size"]:
     """Returns the slots of prompts, and any for the padding behind them."""
     return np.resize(np.array([each.slot for each in batch], np.int32), size)
 

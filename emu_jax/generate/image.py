@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +124,7 @@ def sample_latents(
 
 def denoiser(
     emu: EmuModel, sizes: Real[Array, "6"] | Real[np.ndarray, "6"] | None = None
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+) -> diffusion.Denoiser:
     """Returns the denoiser as a function of latents, timesteps and condition, given the sizes of
     all images."""
     unet = emu.unet

@@ -27,18 +27,18 @@ class StaticMixedSettings:
     """Settings of mixed decoding that a program is compiled for.
 
     Attributes:
-        text_slots: room for generated text tokens.
-        may_open: whether the model may choose `[IMG]`; False if it has no painter.
+        text_length: most text tokens to generate, `max_new_tokens` rounded up to a bucket.
+        may_start_image: whether the model may choose `[IMG]`; False if it has no painter.
     """
 
-    text_slots: int
+    text_length: int
     max_images: int
     do_sample: bool
-    may_open: bool
+    may_start_image: bool
 
     def steps(self, n_embeddings: int) -> int:
         """Returns the largest number of elements of a row."""
-        return self.text_slots + self.max_images * (n_embeddings + 1)
+        return self.text_length + self.max_images * (n_embeddings + 1)
 
 
 class DynamicMixedSettings(NamedTuple):
@@ -118,17 +118,17 @@ def start(
     static: StaticMixedSettings,
     dynamic: DynamicMixedSettings,
     keys: Key[Array, "B"] | None,
-    cache_slots: int | None = None,
+    free_entries: int | None = None,
 ) -> MixedState:
     """Returns the state after the first element; see `complete`.
 
     Args:
-        cache_slots: free slots of the cache after the prompt; by default enough for all elements.
+        free_entries: entries of the cache after the prompt; by default enough for all elements.
     """
     ids, n = emu.cfg.tokens, emu.cfg.n_embeddings
     steps, (batch, _, width) = static.steps(n), x.shape
-    cache_slots = steps - 1 if cache_slots is None else cache_slots
-    decoding, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, cache_slots)
+    free_entries = steps - 1 if free_entries is None else free_entries
+    decoding, last = prefill(emu.llama.unstacked_for_decoding(), x, valid, free_entries)
     state = MixedState(
         tokens=jnp.full((batch, steps), ids.pad),
         images=jnp.zeros((batch, static.max_images, n, emu.cfg.embedding_width), x.dtype),
@@ -204,20 +204,21 @@ def _choose(
     copy for decoding."""
     ids, n = emu.cfg.tokens, emu.cfg.n_embeddings
     # Tokens that are never sampled: only an image, a prompt or padding has them.
-    banned = [ids.bos, ids.pad, ids.image, ids.img_end] + ([] if static.may_open else [ids.img])
+    banned = [ids.bos, ids.pad, ids.image, ids.img_end]
+    banned += [] if static.may_start_image else [ids.img]
     banned += [] if ids.frame is None else [ids.frame]
     banned = [token for token in banned if token != ids.eos]
     scores = state.logits.at[:, jnp.asarray(banned)].set(-jnp.inf)
     word = jnp.argmax(scores, axis=-1)
     if static.do_sample:
         word = _sample(scores, word, dynamic, step_keys(keys, state.step))
-    embeds, closes = (state.offset >= 0) & (state.offset < n), state.offset == n
+    embeds, ends_image = (state.offset >= 0) & (state.offset < n), state.offset == n
     writes = state.offset < 0
-    opens = writes & (word == ids.img)
+    starts_image = writes & (word == ids.img)
     max_images = static.max_images if dynamic.max_images is None else dynamic.max_images
-    over_limit = opens & (state.count >= max_images)  # one image too many: the row ends here
+    over_limit = starts_image & (state.count >= max_images)  # one image too many: the row ends here
 
-    token = jnp.where(embeds, ids.image, jnp.where(closes, ids.img_end, word))
+    token = jnp.where(embeds, ids.image, jnp.where(ends_image, ids.img_end, word))
     token = jnp.where(state.done | over_limit, ids.pad, token)
     rows = jnp.arange(len(token))
     # Rows outside an image write out of range, which drops the write.
@@ -226,8 +227,8 @@ def _choose(
         state.regressed, mode="drop"
     )
     written = state.written + writes
-    count = state.count + closes
-    offset = jnp.where(embeds, state.offset + 1, jnp.where(opens & ~over_limit, 0, -1))
+    count = state.count + ends_image
+    offset = jnp.where(embeds, state.offset + 1, jnp.where(starts_image & ~over_limit, 0, -1))
     out_of_tokens = (offset < 0) & (written >= dynamic.max_new_tokens)
     word_embedding = llama.embed_tokens(token).astype(state.element.dtype)
     visual = emu.to_language(state.regressed)

@@ -127,7 +127,8 @@ PromptImage: TypeAlias = Image.Image | np.ndarray | Normalized
 # A text; an image; a video: pixels [F, h, w, 3] or a list of images; or the Path of an image or a
 # video.
 PromptPart: TypeAlias = str | Path | PromptImage | Sequence[PromptImage]
-Parts: TypeAlias = Sequence[PromptPart] | str
+# A prompt: its parts in reading order, or a single part.
+Parts: TypeAlias = PromptPart | Sequence[PromptPart]
 # `Any`, because a list of one kind of parts is no list of several.
 Prompts: TypeAlias = Sequence[list[Any]]
 
@@ -145,14 +146,16 @@ def images_of(part: PromptPart) -> list[PromptImage]:
     return cast(list[PromptImage], images)
 
 
-def as_prompts(prompt: Any) -> tuple[list[Any], bool]:
+def as_prompts(prompt: Parts | Prompts) -> tuple[list[Parts], bool]:
     """Returns the prompts of an argument that is one prompt or a list of lists of parts, and
     whether it is one."""
     many = isinstance(prompt, list | tuple) and all(isinstance(p, list | tuple) for p in prompt)
-    return (list(prompt), False) if many else ([prompt], True)
+    if many:
+        return list(cast(Prompts, prompt)), False
+    return [cast(Parts, prompt)], True
 
 
-def as_parts(prompt: Any) -> list[PromptPart]:
+def as_parts(prompt: Parts) -> list[PromptPart]:
     """Returns a prompt as a list of parts, with files opened. A single part becomes a list."""
     single = isinstance(prompt, str | Path | Image.Image | np.ndarray | Normalized)
     if not single and not isinstance(prompt, Iterable):

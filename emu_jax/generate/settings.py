@@ -319,10 +319,10 @@ class StaticSettings:
     """Decode settings that a program is compiled for.
 
     Attributes:
-        slots: room for generated tokens.
+        output_length: most tokens to generate, `max_new_tokens` rounded up to a bucket.
     """
 
-    slots: int
+    output_length: int
     num_beams: int
     do_sample: bool
     penalize_repetition: bool
@@ -331,10 +331,10 @@ class StaticSettings:
     tokens: TokenIds
 
     @classmethod
-    def of(cls, cfg: TextConfig, tokens: TokenIds, min_slots: int = MIN_BUCKET) -> StaticSettings:
-        """Returns the static part of `cfg`, with `slots` rounded up to a bucket."""
+    def of(cls, cfg: TextConfig, tokens: TokenIds, min_length: int = MIN_BUCKET) -> StaticSettings:
+        """Returns the static part of `cfg`, with an output of at least `min_length` tokens."""
         return cls(
-            bucket(cfg.max_new_tokens, min_slots),
+            bucket(cfg.max_new_tokens, min_length),
             cfg.num_beams,
             cfg.do_sample,
             cfg.repetition_penalty != 1.0,

@@ -6,7 +6,7 @@ n-grams. `max_new_tokens` does not count it.
 
 A prompt is read once (prefill). Then one `lax.while_loop` holds the logits processors, the choice
 of a token and the next decode step, on a KV cache that is updated in place. The beams of a prompt
-share its keys and values: only the generated slots are gathered when beams are reordered.
+share its keys and values: only the generated entries are gathered when beams are reordered.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class DecodeState(NamedTuple):
 
 
 def prefill(
-    llama: Llama, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], slots: int
+    llama: Llama, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], new_tokens: int
 ) -> tuple[DecodeState, Float[Array, "B D"]]:
-    """Reads left-padded prompts into a cache with room for `slots` more tokens.
+    """Reads left-padded prompts into a cache with room for `new_tokens` more tokens.
 
     Returns the decoding state and the last token's hidden state.
     """
     # The release counts positions from the first real token; padding has position 1.
     positions = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 1)
-    cache = llama.empty_cache(x.shape[0], x.shape[1] + slots, x.dtype)
+    cache = llama.empty_cache(x.shape[0], x.shape[1] + new_tokens, x.dtype)
     hidden, cache = llama.extend(x, positions, valid, cache)
     last = hidden[:, -1:]
     logits = llama.logits(last)[:, 0].astype(jnp.float32)
@@ -71,13 +71,14 @@ def decode_beams(
     tokens: Int[Array, "B beams"],
     ancestors: Bool[Array, "B beams S"],
 ) -> tuple[DecodeState, Bool[Array, "B beams S"]]:
-    """Decode step of beam search: reads one more token of every beam, each into its own slot.
+    """Decode step of beam search: reads one more token of every beam, each into an entry of the
+    cache of its own.
 
-    `ancestors` marks the slots that each beam descends from; it is returned with the new slots.
+    `ancestors` marks the entries that each beam descends from; it is returned with the new ones.
     The logits are [B beams, vocab].
     """
-    slots, beams = jnp.arange(ancestors.shape[2]), jnp.arange(tokens.shape[1])
-    ancestors |= slots == state.cache.used + beams[:, None]
+    entries, beams = jnp.arange(ancestors.shape[2]), jnp.arange(tokens.shape[1])
+    ancestors |= entries == state.cache.used + beams[:, None]
     hidden, cache = _decode_step(llama, state, tokens, mask=ancestors)
     logits = rearrange(llama.logits(hidden), "b k v -> (b k) v").astype(jnp.float32)
     return DecodeState(cache, state.positions + 1, logits), ancestors
@@ -113,7 +114,7 @@ def decode(
             `</s>`.
     """
     llama = llama.unstacked_for_decoding()
-    decoding, _ = prefill(llama, x, valid, static.num_beams * (static.slots - 1))
+    decoding, _ = prefill(llama, x, valid, static.num_beams * (static.output_length - 1))
     run = _beam_search if static.num_beams > 1 else _sample
     return run(llama, decoding, static, dynamic, keys, allowed)
 
@@ -135,7 +136,7 @@ class SampleState(NamedTuple):
     @classmethod
     def start(cls, batch: int, static: StaticSettings) -> SampleState:
         """Returns the state before the first token: the dummy `<s>` alone."""
-        sequences = jnp.full((batch, static.slots + 1), static.tokens.pad, jnp.int32)
+        sequences = jnp.full((batch, static.output_length + 1), static.tokens.pad, jnp.int32)
         return cls(sequences.at[:, 0].set(static.tokens.bos), jnp.int32(1), jnp.zeros(batch, bool))
 
     def extend(
@@ -206,7 +207,7 @@ class Finished(NamedTuple):
     """The best finished sequences of each row (transformers 4.31: `BeamHypotheses`).
 
     Attributes:
-        order: when each sequence was added, from 1; 0 marks a free slot.
+        order: when each sequence was added, from 1; 0 where there is none.
     """
 
     scores: Float[Array, "B beams"]
@@ -215,14 +216,14 @@ class Finished(NamedTuple):
     order: Int[Array, "B beams"]
 
     @classmethod
-    def none(cls, batch: int, beams: int, width: int, pad: int) -> Finished:
-        """Returns only free slots."""
+    def empty(cls, batch: int, beams: int, width: int, pad: int) -> Finished:
+        """Returns `Finished` before any sequence has ended."""
         zeros = jnp.zeros((batch, beams), jnp.int32)
         sequences = jnp.full((batch, beams, width), pad)
         return cls(zeros.astype(jnp.float32), sequences, zeros, zeros)
 
     def full(self) -> Bool[Array, "B"]:
-        """Returns which rows have no free slot."""
+        """Returns which rows have as many sequences as beams."""
         return jnp.all(self.order > 0, axis=1)
 
     def worst(self) -> Float[Array, "B"]:
@@ -238,16 +239,16 @@ class Finished(NamedTuple):
     ) -> Finished:
         """Adds each row's `sequence` where it is accepted.
 
-        It takes a free slot, or replaces the worst sequence if it is better; of equally bad ones
-        it replaces the oldest.
+        In a full row it replaces the worst sequence if it is better; of equally bad ones it
+        replaces the oldest.
         """
         accepted = accepted & (~self.full() | (score > self.worst()))
         free = self.order == 0
         key = jnp.where(free, -jnp.inf, self.scores)
         lowest = key == jnp.min(key, axis=1, keepdims=True)
         lowest &= ~jnp.any(free, axis=1, keepdims=True) | free
-        slot = jnp.argmin(jnp.where(lowest, self.order, jnp.iinfo(jnp.int32).max), axis=1)
-        replaces = accepted[:, None] & (jnp.arange(key.shape[1]) == slot[:, None])
+        worst = jnp.argmin(jnp.where(lowest, self.order, jnp.iinfo(jnp.int32).max), axis=1)
+        replaces = accepted[:, None] & (jnp.arange(key.shape[1]) == worst[:, None])
         newest = jnp.max(self.order, axis=1, keepdims=True) + 1
         return Finished(
             jnp.where(replaces, score[:, None], self.scores),
@@ -277,9 +278,9 @@ class Finished(NamedTuple):
         """Returns the best sequence of each row and its length; of equals the newest."""
         key = jnp.where(self.order > 0, self.scores, -jnp.inf)
         top = (key == jnp.max(key, axis=1, keepdims=True)) & (self.order > 0)
-        slot = jnp.argmax(jnp.where(top, self.order, 0), axis=1)
-        sequences = jnp.take_along_axis(self.sequences, slot[:, None, None], axis=1)[:, 0]
-        return sequences, jnp.take_along_axis(self.lengths, slot[:, None], axis=1)[:, 0]
+        best = jnp.argmax(jnp.where(top, self.order, 0), axis=1)
+        sequences = jnp.take_along_axis(self.sequences, best[:, None, None], axis=1)[:, 0]
+        return sequences, jnp.take_along_axis(self.lengths, best[:, None], axis=1)[:, 0]
 
 
 class BeamState(NamedTuple):
@@ -300,7 +301,7 @@ class BeamState(NamedTuple):
     @classmethod
     def start(cls, batch: int, static: StaticSettings) -> BeamState:
         """Returns the state before the first token: the dummy `<s>` alone."""
-        beams, width = static.num_beams, static.slots + 1
+        beams, width = static.num_beams, static.output_length + 1
         sequences = jnp.full((batch, beams, width), static.tokens.pad, jnp.int32)
         # Mask all beams but the first; otherwise they would all pick the same token. Sampled
         # beams pick different tokens anyway.
@@ -311,7 +312,7 @@ class BeamState(NamedTuple):
             jnp.broadcast_to(jnp.arange(beams), (batch, beams)),
             jnp.int32(1),
             jnp.zeros(batch, bool),
-            Finished.none(batch, beams, width, static.tokens.pad),
+            Finished.empty(batch, beams, width, static.tokens.pad),
         )
 
     def extend(
@@ -395,7 +396,7 @@ class SearchState(NamedTuple):
     """Beam search between two steps.
 
     Attributes:
-        ancestors: the slots of the cache that each beam descends from.
+        ancestors: the cache entries that each beam descends from.
     """
 
     beams: BeamState

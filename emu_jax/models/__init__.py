@@ -27,7 +27,7 @@ name themselves. `#B` is B or 1; `*T` is any number of axes; `_` is any size.
 B       rows of a batch
 T       positions of a row; the queries of attention
 t       positions of a row whose logits are computed together
-S       keys of attention; the slots of a KV cache
+S       keys of attention; the entries of a KV cache
 I       images of a row
 N       embeddings of an image
 P       patches of an image, and the class token

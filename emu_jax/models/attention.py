@@ -81,7 +81,7 @@ def attention(
     mask: Bool[Array, "#B 1 T S"] | None = None,
     bias: Float[Array, "1 H T S"] | None = None,
     scale: float,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    dropout: Callable[[Float[Array, "B H T S"]], Float[Array, "B H T S"]] | None = None,
     cached: bool = False,
     backend: str | None = None,
 ) -> Float[Array, "B T H K"]:
@@ -177,8 +177,11 @@ def splash(
     head_mask = (kernels.CausalMask if causal else kernels.FullMask)((length, length))
 
     def run_shard(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
-    ) -> jax.Array:
+        q: Float[Array, "B H T K"],
+        k: Float[Array, "B G T K"],
+        v: Float[Array, "B G T K"],
+        segments: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B H T K"]:
         kernel = kernels.make_splash_mha(
             mask=kernels.MultiHeadMask([head_mask] * q.shape[1]),
             block_sizes=sizes,
@@ -220,7 +223,9 @@ def short(
 ) -> Float[Array, "B T H K"]:
     """`short_attention`. Each device computes its own images and heads."""
 
-    def run_shard(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def run_shard(
+        q: Float[Array, "B T H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"]
+    ) -> Float[Array, "B T H K"]:
         flat = (rearrange(x, "b t h k -> b t (h k)") for x in (q, k, v))
         out = checkpoint_name(
             short_attention(*flat, q.shape[2], scale, interpret), CHECKPOINT_ATTENTION

@@ -33,7 +33,7 @@ def attention(
     mask: Bool[Array, "#B 1 T S"] | None,
     bias: Float[Array, "1 H T S"] | None,
     scale: float,
-    dropout: Callable[[jax.Array], jax.Array] | None,
+    dropout: Callable[[Float[Array, "B H T S"]], Float[Array, "B H T S"]] | None,
     cached: bool,
 ) -> Float[Array, "B T H K"]:
     """Computes long causal rows one block of queries at a time, and others by `xla.attention`."""
@@ -58,7 +58,7 @@ def is_long_causal(
     causal: bool,
     mask: Bool[Array, "#B 1 T S"] | None,
     bias: Float[Array, "1 H T S"] | None,
-    dropout: Callable[[jax.Array], jax.Array] | None,
+    dropout: Callable[[Float[Array, "B H T S"]], Float[Array, "B H T S"]] | None,
     cached: bool,
 ) -> bool:
     """Returns whether `causal_attention` serves a call."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.config import CFormerConfig
 from emu_jax.models.attention import attention
@@ -33,7 +33,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
 class Dropout:
     """Inverted dropout. A key of None turns it off. Each call uses the next subkey."""
 
-    def __init__(self, rate: float, key: jax.Array | None) -> None:
+    def __init__(self, rate: float, key: Key[Array, ""] | None) -> None:
         self.rate, self.key, self.calls = rate, key if rate > 0 else None, 0
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -128,7 +128,7 @@ class CFormer(nnx.Module):
         self.cfg, self.remat = cfg, remat
 
     def __call__(
-        self, features: Float[Array, "B P E"], *, dropout_key: jax.Array | None = None
+        self, features: Float[Array, "B P E"], *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B N D"]:
         cfg = self.cfg
         buckets = relative_buckets(cfg.n_causal, cfg.relative_buckets, cfg.relative_max_distance)

@@ -1,11 +1,11 @@
 """Connectors: how images enter the language model, and how it generates them.
 
-A connector turns the features of the visual encoder into embeddings, and leads between their space
+A connector turns the features of the visual encoder into embeddings, and maps between their space
 and that of the language model. `EmuModel` has one, chosen by its configuration. The layers of a
 connector are attributes of `EmuModel`: each is a tower of its own in a checkpoint.
 
 A family's connector is a class here, an entry in `CONNECTORS`, and its configuration, a
-`ConnectorConfig`, which says all that follows from it without a model.
+`ConnectorConfig`, which computes everything that needs no model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.config import CFormerConfig, ConnectorConfig, EmuConfig, PoolingConfig, RematConfig
 from emu_jax.models.cformer import CFormer
@@ -46,7 +46,7 @@ class Connector(Protocol):
         model: EmuModel,
         pixels: Float[Array, "B h w 3"],
         frames: bool | Bool[Array, "B"],
-        dropout_key: jax.Array | None,
+        dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B N E"]:
         """Encodes normalized pixels; see `EmuModel.encode_images`."""
         ...
@@ -107,7 +107,7 @@ class CausalConnector:
         model: EmuModel,
         pixels: Float[Array, "B h w 3"],
         frames: bool | Bool[Array, "B"],
-        dropout_key: jax.Array | None,
+        dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B N E"]:
         """Encodes normalized pixels. A frame of a video has the embeddings of a still image."""
         dropout_key, rounding_key = split_key(dropout_key, model.visual.matmul_dtype)
@@ -172,7 +172,7 @@ class PoolingConnector:
         model: EmuModel,
         pixels: Float[Array, "B h w 3"],
         frames: bool | Bool[Array, "B"],
-        dropout_key: jax.Array | None,
+        dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B N E"]:
         """Encodes normalized pixels without the class token. There is no dropout."""
         _, rounding_key = split_key(dropout_key, model.visual.matmul_dtype)

@@ -43,7 +43,7 @@ class Conv(nnx.Module):
         self.stride = stride
         self.padding = padding or ((size // 2, size // 2), (size // 2, size // 2))
 
-    def weights(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def weights(self, dtype: jnp.dtype) -> tuple[Float[Array, "p q C E"], Float[Array, "E"]]:
         """Returns the kernel and the bias in `dtype`."""
         # An explicit FSDP gather: if batch, input and output channels are all split, XLA's
         # partitioner (jax 0.10.2) gets the gradient of a convolution's input wrong.

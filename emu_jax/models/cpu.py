@@ -130,7 +130,9 @@ def upsampled_convolution(
     return y + bias.astype(x.dtype)
 
 
-def _halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def _halves(
+    kernel: Float[Array, "_ _ C E"], axis: int
+) -> tuple[Float[Array, "_ _ C E"], Float[Array, "_ _ C E"]]:
     """Merges three taps into two: on (previous pixel, pixel), and on (pixel, next pixel)."""
     first, second, third = jnp.moveaxis(kernel, axis, 0)
     return jnp.stack([first, second + third], axis), jnp.stack([first + second, third], axis)
@@ -160,7 +162,7 @@ def attention(
     mask: Bool[Array, "#B 1 T S"] | None,
     bias: Float[Array, "1 H T S"] | None,
     scale: float,
-    dropout: Callable[[jax.Array], jax.Array] | None,
+    dropout: Callable[[Float[Array, "B H T S"]], Float[Array, "B H T S"]] | None,
     cached: bool,
 ) -> Float[Array, "B T H K"]:
     """Flash-style attention on parts of the batch, or one head at a time if a head has many scores.
@@ -328,7 +330,7 @@ def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
     return nnx.List(modules)
 
 
-def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
+def _unstacked(stacked: Shaped[Array, "L *A"], layers: int) -> list[Shaped[Array, "*A"]]:
     """Splits a stack into its layers. They are views of the memory of an array on CPUs, and keep
     it alive."""
     if isinstance(stacked, Tracer) or any(d.platform != "cpu" for d in stacked.devices()):
@@ -352,7 +354,7 @@ def _unstacked(stacked: jax.Array, layers: int) -> list[jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("layers",))
-def _copied_layers(stacked: jax.Array, layers: int) -> list[jax.Array]:
+def _copied_layers(stacked: Shaped[Array, "L *A"], layers: int) -> list[Shaped[Array, "*A"]]:
     return [stacked[n] for n in range(layers)]
 
 
@@ -371,11 +373,11 @@ def run_layers(
 
 
 def empty_cache(
-    blocks: nnx.Module, cfg: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype
+    blocks: nnx.Module, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype
 ) -> KVCache:
-    """Returns a cache with `slots` free slots per row, in the layout of `blocks`."""
+    """Returns a cache with `capacity` free entries per row, in the layout of `blocks`."""
     cls = UnstackedKVCache if isinstance(blocks, nnx.List) else KVCache
-    return cls.empty(cfg, batch, slots, dtype)
+    return cls.empty(cfg, batch, capacity, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -412,7 +414,7 @@ class UnstackedKVCache(KVCache):
         k, v = (rearrange(a, "(b h) x y -> b h x y", b=batch) for a in (ks[n], vs[n]))
         return dataclasses.replace(self, k=tuple(ks), v=tuple(vs)), k, v
 
-    def _repeated(self, a: jax.Array, times: int) -> jax.Array:
+    def _repeated(self, a: Float[Array, "_ _ _"], times: int) -> Float[Array, "_ _ _"]:
         a = rearrange(a, "(b h) x y -> b h x y", b=len(self.valid))
         return rearrange(jnp.repeat(a, times, axis=0), "b h x y -> (b h) x y")
 
@@ -441,10 +443,12 @@ def order_exchanges(
 
 
 def guided_denoiser(
-    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    denoise: Callable[
+        [Float[Array, "B h w C"], Int[Array, ""], Float[Array, "B N D"]], Float[Array, "B h w C"]
+    ],
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "B N D"],
-) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Float[Array, "B h w C"], Int[Array, ""]], tuple[Float[Array, "B h w C"], ...]]:
     """Returns a function of latents and timestep that computes the conditional and the
     unconditional prediction in separate calls. One fills the threads that idle when the other's
     matmuls end."""

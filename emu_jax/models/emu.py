@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.config import EmuConfig, MatmulDtypeConfig, RematConfig
 from emu_jax.models.connectors import Connector, connector_of, gather_embeddings
@@ -80,7 +80,7 @@ class EmuModel(nnx.Module):
         pixels: Float[Array, "*B h w 3"],
         *,
         frames: bool | Bool[Array, "*B"] = False,
-        dropout_key: jax.Array | None = None,
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*B N E"]:
         """Encodes normalized pixels as the N embeddings of each image, of width
         `cfg.embedding_width`.
@@ -97,13 +97,13 @@ class EmuModel(nnx.Module):
         return embeddings.reshape(*batch, *embeddings.shape[1:])
 
     def to_language(self, embeddings: Float[Array, "*B E"]) -> Float[Array, "*B D"]:
-        """Returns the embeddings of images as the language model reads them."""
+        """Returns the embeddings of images as inputs of the language model."""
         return self.connector.to_language(self, embeddings)
 
     def regress(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         """Predicts the visual embedding that follows a hidden state, `cfg.embedding_width` wide.
 
-        `to_language` makes of it what the language model reads next.
+        `to_language` turns it into the next input of the language model.
         """
         return self.connector.regress(self, hidden)
 
@@ -133,7 +133,7 @@ class EmuModel(nnx.Module):
     ) -> Float[Array, "B T E"]:
         """Returns the embedding at each position, as a target for the state before it.
 
-        `regression_mask` names the positions that count. `x` is what `embed` returned.
+        `regression_mask` selects the positions of the loss. `x` is the output of `embed`.
         """
         return self.connector.regression_targets(x, images, embedding_index)
 
@@ -175,15 +175,15 @@ class EmuModel(nnx.Module):
         `generate_image`, which recomputes the whole row for each).
 
         `llama` is this model's, or its copy `unstacked_for_decoding`. `hidden` holds the states at
-        `[IMG]`, whose positions are `positions`. The cache needs N - 1 free slots. The returned
+        `[IMG]`, whose positions are `positions`. The cache needs N - 1 free entries. The returned
         cache holds the first N - 1 embeddings.
         """
         first = self.regress(hidden)[:, None]
         graphdef, params = nnx.split(llama)
 
         def step(
-            carry: tuple[jax.Array, KVCache], i: jax.Array
-        ) -> tuple[tuple[jax.Array, KVCache], jax.Array]:
+            carry: tuple[Float[Array, "B 1 E"], KVCache], i: Int[Array, ""]
+        ) -> tuple[tuple[Float[Array, "B 1 E"], KVCache], Float[Array, "B E"]]:
             previous, cache = carry
             llama = nnx.merge(graphdef, params)
             valid = jnp.ones(previous.shape[:2], bool)

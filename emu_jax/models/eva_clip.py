@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from emu_jax.config import VisionConfig
 from emu_jax.models.attention import attention
@@ -146,7 +146,7 @@ class VisionTransformer(nnx.Module):
         self.patch_size, self.remat, self.matmul_dtype = cfg.patch_size, remat, matmul_dtype
 
     def __call__(
-        self, pixels: Float[Array, "B h w 3"], *, rounding_key: jax.Array | None = None
+        self, pixels: Float[Array, "B h w 3"], *, rounding_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B P D"]:
         """Encodes normalized pixels as features without the final norm, the class token first
         (`forward_features` of the release).

@@ -22,8 +22,8 @@ Layers = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
 class KVCache:
     """Keys and values of the tokens so far, with all layers in one array each.
 
-    A token takes the next slot of its row, whatever its position. `valid` is False on padding
-    slots, which lets left- and right-padded prompts share one layout. Keys and values have the
+    A token takes the next entry of its row, whatever its position. `valid` is False on
+    padding, which lets left- and right-padded prompts share one layout. Keys and values have the
     layout of attention's matmuls: no decode step transposes them. Between the steps of
     `generate.engine`, all arrays have a leading axis of slots.
     """
@@ -35,12 +35,12 @@ class KVCache:
 
     @classmethod
     def empty(
-        cls, cfg: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype | type = jnp.float32
+        cls, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32
     ) -> KVCache:
-        """Returns a cache with `slots` free slots per row."""
-        k = cls._zeros(cfg, batch, (cfg.head_width, slots), dtype)
-        v = cls._zeros(cfg, batch, (slots, cfg.head_width), dtype)
-        return cls(k, v, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+        """Returns a cache with `capacity` free entries per row."""
+        k = cls._zeros(cfg, batch, (cfg.head_width, capacity), dtype)
+        v = cls._zeros(cfg, batch, (capacity, cfg.head_width), dtype)
+        return cls(k, v, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
     @classmethod
     def _zeros(
@@ -64,9 +64,9 @@ class KVCache:
         k: Float[Array, "B T G K"],
         v: Float[Array, "B T G K"],
     ) -> tuple[KVCache, Float[Array, "B G K S"], Float[Array, "B G S K"]]:
-        """Writes T tokens of a layer into the next free slots.
+        """Writes T tokens of a layer into the next free entries.
 
-        The slots stay free until `advance` takes them, after all layers are written.
+        The entries stay free until `advance` takes them, after all layers are written.
 
         Returns:
             The cache, and all keys and values of the layer.
@@ -85,39 +85,39 @@ class KVCache:
         return k.astype(self.dtype), v.astype(self.dtype)
 
     def mark(self, valid: Bool[Array, "B T"]) -> KVCache:
-        """Records which of the next T slots hold tokens rather than padding."""
+        """Records which of the next T entries hold tokens rather than padding."""
         marked = jax.lax.dynamic_update_slice(self.valid, valid, (0, self.used))
         return dataclasses.replace(self, valid=marked)
 
     def causal_mask(self, length: int) -> Bool[Array, "B T S"]:
-        """Returns the mask by which each of the next `length` tokens sees the valid slots up to its
-        own."""
+        """Returns the mask by which each of the next `length` tokens sees the valid entries up to
+        its own."""
         query = self.used + jnp.arange(length)
         causal = jnp.arange(self.valid.shape[1])[None, :] <= query[:, None]  # [T, S]
         return causal[None] & self.valid[:, None, :]
 
     def advance(self, length: int) -> KVCache:
-        """Marks the next `length` slots as used."""
+        """Marks the next `length` entries as used."""
         return dataclasses.replace(self, used=self.used + length)
 
-    def drop(self, slots: Int[Array, ""] | int) -> KVCache:
-        """Frees the first `slots` slots, which must be padding in every row. The others move to the
-        front."""
+    def drop(self, count: Int[Array, ""] | int) -> KVCache:
+        """Frees the first `count` entries, which must be padding in every row. The others move to
+        the front."""
         k, v = (
-            jax.tree.map(lambda a, axis=axis: jnp.roll(a, -slots, axis), part)
+            jax.tree.map(lambda a, axis=axis: jnp.roll(a, -count, axis), part)
             for part, axis in ((self.k, -1), (self.v, -2))
         )
-        valid = jnp.roll(self.valid, -slots, -1)
-        return dataclasses.replace(self, k=k, v=v, valid=valid, used=self.used - slots)
+        valid = jnp.roll(self.valid, -count, -1)
+        return dataclasses.replace(self, k=k, v=v, valid=valid, used=self.used - count)
 
-    def resized(self, slots: int) -> KVCache:
-        """Returns a cache with `slots` slots per row. Slots are added or removed at the end, where
-        they must be free."""
-        more = slots - self.valid.shape[-1]
+    def resized(self, capacity: int) -> KVCache:
+        """Returns a cache with `capacity` entries per row. Entries are added or removed at the end,
+        where they must be free."""
+        more = capacity - self.valid.shape[-1]
 
         def resize(a: jax.Array, axis: int) -> jax.Array:
             if more <= 0:
-                return jax.lax.slice_in_dim(a, 0, slots, axis=axis)
+                return jax.lax.slice_in_dim(a, 0, capacity, axis=axis)
             return jnp.pad(a, [(0, more if n == a.ndim + axis else 0) for n in range(a.ndim)])
 
         k, v = (
@@ -132,5 +132,5 @@ class KVCache:
         valid = jnp.repeat(self.valid, times, axis=0)
         return dataclasses.replace(self, k=k, v=v, valid=valid)
 
-    def _repeated(self, a: jax.Array, times: int) -> jax.Array:
+    def _repeated(self, a: Float[Array, "..."], times: int) -> Float[Array, "..."]:
         return jnp.repeat(a, times, axis=1)

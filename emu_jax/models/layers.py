@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from emu_jax.models import cpu, low_precision, quantized
 from emu_jax.models.backend import kernels
@@ -137,7 +137,7 @@ def scan(
     *,
     remat: str = "none",
     matmul_dtype: str = "",
-    rounding_key: jax.Array | None = None,
+    rounding_key: Key[Array, ""] | None = None,
 ) -> tuple[Carry, Y]:
     """Runs `carry, y = body(block, carry, x)` over `blocks`.
 

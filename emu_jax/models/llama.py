@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from emu_jax.config import LlamaConfig, RopeScalingConfig
 from emu_jax.models.attention import attention
@@ -129,7 +129,7 @@ class LlamaAttention(nnx.Module):
         cache: MaybeCache = None,
         layer: int | Int[Array, ""] = 0,
         mask: Bool[Array, "B 1 T S"] | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_key: Key[Array, ""] | None = None,
         backend: str | None = None,
     ) -> tuple[Float[Array, "B T D"], MaybeCache]:
         """Attends within `x`, or to a cache: see `LlamaBlock`."""
@@ -151,7 +151,7 @@ class LlamaAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        dropout_key: jax.Array | None,
+        dropout_key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
         """Returns rotated queries, rotated keys, and values."""
         q, k, v = (
@@ -181,7 +181,7 @@ class LlamaMLP(nnx.Module):
         self.down_proj = _linear(cfg, "mlp.down_proj", hidden, width, ("mlp", "embed"), rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None
+        self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
         gate = shard(adapted(self.gate_proj, x, dropout_key), "batch", "sequence", "mlp")
         up = shard(adapted(self.up_proj, x, dropout_key), "batch", "sequence", "mlp")
@@ -206,14 +206,14 @@ class LlamaBlock(nnx.Module):
         cache: MaybeCache = None,
         layer: int | Int[Array, ""] = 0,
         mask: Bool[Array, "B 1 T S"] | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_key: Key[Array, ""] | None = None,
         backend: str | None = None,
     ) -> tuple[Float[Array, "B T D"], MaybeCache]:
         """Returns hidden states and the cache.
 
         Without a cache, attention is causal within `x` and runs on `backend`. With `segment_ids`,
         it stays within a segment. With a cache, the keys and values are written to it as those of
-        `layer`, and `mask` is True at the slots that a token attends to.
+        `layer`, and `mask` is True at the cache entries that a token attends to.
         """
         attended, cache = self.self_attn(
             self.input_layernorm(x),
@@ -266,7 +266,7 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        dropout_key: jax.Array | None = None,
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns hidden states after the final norm.
 
@@ -279,7 +279,7 @@ class Llama(nnx.Module):
             keys = jax.random.split(dropout_key, self.cfg.layers)
 
         def body(
-            block: LlamaBlock, x: Float[Array, "B T D"], key: jax.Array | None
+            block: LlamaBlock, x: Float[Array, "B T D"], key: Key[Array, ""] | None
         ) -> tuple[Float[Array, "B T D"], None]:
             x, _ = block(
                 x, positions, segment_ids=segment_ids, dropout_key=key, backend=self.backend
@@ -308,9 +308,10 @@ class Llama(nnx.Module):
         llama.layers = layers
         return llama
 
-    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-        """Returns a cache with `slots` free slots per row, in the layout of this model's layers."""
-        return kernels().empty_cache(self.layers, self.cfg, batch, slots, dtype)
+    def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+        """Returns a cache with `capacity` free entries per row, in the layout of this model's
+        layers."""
+        return kernels().empty_cache(self.layers, self.cfg, batch, capacity, dtype)
 
     def extend(
         self,
@@ -324,17 +325,19 @@ class Llama(nnx.Module):
         """Adds T tokens to the cache: a prompt, or one decode step. Returns their hidden states
         and the new cache.
 
-        `valid` is False on padding, which no token attends to. A token attends to all valid slots
-        up to its own, or to the slots of `mask`. The cache must have T free slots left. Under jit,
-        a donated cache is updated in place.
+        `valid` is False on padding, which no token attends to. A token attends to all valid
+        entries up to its own, or to those of `mask`. The cache must have T free entries left.
+        Under jit, a donated cache is updated in place.
         """
         length = x.shape[1]
         cache = cache.mark(valid)
         mask = (cache.causal_mask(length) if mask is None else mask)[:, None]
 
         def body(
-            block: LlamaBlock, carry: tuple[jax.Array, Layers, Layers], layer: int | Int[Array, ""]
-        ) -> tuple[tuple[jax.Array, Layers, Layers], None]:
+            block: LlamaBlock,
+            carry: tuple[Float[Array, "B T D"], Layers, Layers],
+            layer: int | Int[Array, ""],
+        ) -> tuple[tuple[Float[Array, "B T D"], Layers, Layers], None]:
             x, k, v = carry  # the parts of the cache that layers change
             layers_cache = dataclasses.replace(cache, k=k, v=v)
             x, layers_cache = block(x, positions, cache=layers_cache, layer=layer, mask=mask)

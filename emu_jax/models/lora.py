@@ -7,7 +7,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from emu_jax.config import LoraConfig
 from emu_jax.models.layers import Axes, Linear, lecun, param
@@ -38,7 +38,7 @@ class LoraLinear(Linear):
         self.path = path
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, dropout_key: jax.Array | None = None
+        self, x: Float[Array, "B T D"], *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T E"]:
         """Applies the layer. With the block's key, as in training, the adapter's input has
         dropout."""
@@ -52,7 +52,7 @@ class LoraLinear(Linear):
 
 
 def adapted(
-    layer: Linear, x: Float[Array, "B T D"], dropout_key: jax.Array | None
+    layer: Linear, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None
 ) -> Float[Array, "B T E"]:
     """Returns `layer(x)`. If the layer has an adapter, `dropout_key` turns on its dropout."""
     return layer(x, dropout_key=dropout_key) if isinstance(layer, LoraLinear) else layer(x)

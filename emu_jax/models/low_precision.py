@@ -1,22 +1,22 @@
 """Quantized training: matmuls in int8 or fp8, forward and backward.
 
 A tower whose `matmul_dtype` is set computes the matmuls of its layers here. Its parameters stay in
-float32, and all else (norms, softmax, attention, adapters) stays in the compute dtype, as does all
-outside of the layers: embeddings, logits and losses, regression. `quantized.py` is about another
-kind of quantization, that of stored weights.
+float32. Everything else in the layers (norms, softmax, attention, adapters) and outside them
+(embeddings, logits, losses, regression) stays in the compute dtype. `quantized.py` has another kind
+of quantization, that of stored weights.
 
 In y = x @ kernel, x has a scale for each token and kernel one for each output channel: the largest
 absolute value divided by the largest number of the dtype. No scale depends on the summed axis, so
 they multiply the result.
 The backward pass is that of the quantized operands, which pass their gradients to x and kernel
-(the straight-through estimator), with dy rounded too:
+(the straight-through estimator), with dy quantized too:
 
     dx = (dy * kernel's scales) @ kernel^T, the first operand quantized for each token
     dkernel = x^T @ dy
 
 int8   both operands of y and dx. dkernel is in the compute dtype, as in SwitchBack (Wortsman et
        al. 2023, arXiv:2304.13013): it sums over tokens, whose gradients differ by orders of
-       magnitude, more than a code of 8 bits with one scale can tell apart. Gradients are rounded
+       magnitude, more than 8 bits with one scale can represent. Gradients are rounded
        stochastically, so that dx and dkernel are right on average.
 fp8    float8_e4m3fn, and float8_e5m2 for gradients, in all three (Micikevicius et al. 2022,
        arXiv:2209.05433). A scale for each output channel serves dkernel: the exponent keeps small
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from emu_jax.models.backend import kernels
 from emu_jax.models.remat import CHECKPOINT_MATMUL
@@ -46,8 +46,8 @@ MATMUL_DTYPES: dict[str, tuple[DTypeLike, DTypeLike]] = {
     "int8": (jnp.int8, jnp.int8),
     "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
 }
-# Rows whose values are all below this are rounded as if it were their largest: their scale would
-# be a denormal number, which accelerators take for 0.
+# The least absolute maximum of a row: a smaller one would make its scale denormal, which
+# accelerators flush to 0.
 LEAST = 1e-30
 
 
@@ -63,10 +63,10 @@ class _Settings:
     """The dtype of a layer's matmuls and its key. Each matmul uses the next subkey."""
 
     dtype: str
-    key: jax.Array | None
+    key: Key[Array, ""] | None
     calls: int = 0
 
-    def next_key(self) -> jax.Array | None:
+    def next_key(self) -> Key[Array, ""] | None:
         self.calls += 1
         return None if self.key is None else jax.random.fold_in(self.key, self.calls)
 
@@ -75,7 +75,7 @@ _settings: ContextVar[_Settings | None] = ContextVar("low_precision", default=No
 
 
 @contextlib.contextmanager
-def use_matmul_dtype(dtype: str, key: jax.Array | None) -> Iterator[None]:
+def use_matmul_dtype(dtype: str, key: Key[Array, ""] | None) -> Iterator[None]:
     """Makes `low_precision_matmul` compute in `dtype`: a key of `MATMUL_DTYPES`, or "" for the
     compute dtype.
 
@@ -89,7 +89,9 @@ def use_matmul_dtype(dtype: str, key: jax.Array | None) -> Iterator[None]:
         _settings.reset(token)
 
 
-def split_key(key: jax.Array | None, dtype: str) -> tuple[jax.Array | None, jax.Array | None]:
+def split_key(
+    key: Key[Array, ""] | None, dtype: str
+) -> tuple[Key[Array, ""] | None, Key[Array, ""] | None]:
     """Returns a tower's key for its other purposes, and its key for rounding.
 
     The latter is None, and the former is `key`, if `dtype` rounds nothing stochastically.
@@ -112,14 +114,14 @@ def low_precision_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(
-    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], key: jax.Array | None, dtype: str
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], key: Key[Array, ""] | None, dtype: str
 ) -> Float[Array, "*T E"]:
     return _matmul_fwd(x, kernel, key, dtype)[0]
 
 
 def _matmul_fwd(
-    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], key: jax.Array | None, dtype: str
-) -> tuple[Float[Array, "*T E"], tuple[Scaled, Scaled, jax.Array | None]]:
+    x: Float[Array, "*T D"], kernel: Float[Array, "D E"], key: Key[Array, ""] | None, dtype: str
+) -> tuple[Float[Array, "*T E"], tuple[Scaled, Scaled, Key[Array, ""] | None]]:
     operands, _ = MATMUL_DTYPES[dtype]
     rows, columns = scaled(x, operands, (-1,)), scaled(kernel, operands, (0,))
     y = kernels().low_precision_dot(rows.values, columns.values, ((x.ndim - 1,), (0,)))
@@ -129,7 +131,7 @@ def _matmul_fwd(
 
 
 def _matmul_bwd(
-    dtype: str, saved: tuple[Scaled, Scaled, jax.Array | None], dy: Float[Array, "*T E"]
+    dtype: str, saved: tuple[Scaled, Scaled, Key[Array, ""] | None], dy: Float[Array, "*T E"]
 ) -> tuple[Float[Array, "*T D"], Float[Array, "D E"], None]:
     x, kernel, key = saved
     _, gradients = MATMUL_DTYPES[dtype]
@@ -144,7 +146,7 @@ def _matmul_bwd(
         dkernel = jnp.tensordot(wide, dy, (tokens, tokens), preferred_element_type=dy.dtype)
     else:
         columns = scaled(dy * x.scales, gradients, tokens)
-        # In the compute dtype, in which devices add what they computed of it.
+        # In the compute dtype, in which devices sum their parts of it.
         dkernel = kernels().low_precision_dot(x.values, columns.values, (tokens, tokens), dy.dtype)
         dkernel = (dkernel * columns.scales.reshape(-1)).astype(dy.dtype)
     return dx, dkernel, None
@@ -175,7 +177,7 @@ def scaled(
     return Scaled(x.astype(dtype), scales)
 
 
-def rounding_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+def rounding_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*shape"]:
     """Returns uniform noise in (0, 1), a random number of each row plus one of each column, modulo
     1.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +58,12 @@ def _save(
 
 
 def _gradients(
-    heads: int, scale: float, interpret: bool, kept: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array, ...]:
+    heads: int,
+    scale: float,
+    interpret: bool,
+    kept: tuple[Float[Array, "B _ D"], ...],
+    d_out: Float[Array, "B T D"],
+) -> tuple[Float[Array, "B _ D"], ...]:
     return _call(_backward, BACKWARD, (*kept, d_out), kept, heads, scale, interpret)
 
 
@@ -70,12 +73,12 @@ short_attention.defvjp(_save, _gradients)
 def _call(
     kernel: Callable[..., None],
     name: str,
-    inputs: tuple[jax.Array, ...],
-    results: tuple[jax.Array, ...],
+    inputs: tuple[Float[Array, "B _ D"], ...],
+    results: tuple[Float[Array, "B _ D"], ...],
     heads: int,
     scale: float,
     interpret: bool,
-) -> Any:
+) -> tuple[Float[Array, "B _ D"], ...]:
     """Runs `kernel` on each row. Its results have the shapes and dtypes of `results`."""
     rows, queries, width = inputs[0].shape
     keys = inputs[1].shape[1]
@@ -164,7 +167,9 @@ def _weights(q: Float[Array, "T K"], k: Float[Array, "S K"], scale: float) -> Fl
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
+def _dot(
+    a: Float[Array, "_ _"], b: Float[Array, "_ _"], of_a: int, of_b: int
+) -> Float[Array, "_ _"]:
     """Multiplies `a` and `b`, contracting axis `of_a` of `a` with `of_b` of `b`, in float32."""
     return jax.lax.dot_general(
         a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32

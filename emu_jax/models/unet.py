@@ -140,7 +140,7 @@ class DownBlock(nnx.Module):
         x: Float[Array, "B _ _ _"],
         time: Float[Array, "B _"],
         cond: Float[Array, "B N _"],
-    ) -> tuple[Float[Array, "B _ _ _"], list[jax.Array]]:
+    ) -> tuple[Float[Array, "B _ _ _"], list[Float[Array, "B _ _ _"]]]:
         """Returns the feature map, and the skip connections for the up blocks."""
         skips = []
         for i, block in enumerate(self.resnets):
@@ -194,7 +194,7 @@ class UpBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B h w _"],
-        skips: list[jax.Array],
+        skips: list[Float[Array, "B _ _ _"]],
         time: Float[Array, "B _"],
         cond: Float[Array, "B N _"],
         *,

@@ -130,7 +130,7 @@ def attention(
     mask: Bool[Array, "#B 1 T S"] | None,
     bias: Float[Array, "1 H T S"] | None,
     scale: float,
-    dropout: Callable[[jax.Array], jax.Array] | None,
+    dropout: Callable[[Float[Array, "B H T S"]], Float[Array, "B H T S"]] | None,
     cached: bool,
 ) -> Float[Array, "B T H K"]:
     """Attention that computes all scores at once."""
@@ -170,7 +170,7 @@ def plain_attention(
     mask: Bool[Array, "#B 1 T S"] | None,
     bias: Float[Array, "1 H T S"] | None = None,
     scale: float = 1.0,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    dropout: Callable[[Float[Array, "B H T S"]], Float[Array, "B H T S"]] | None = None,
     cached: bool = False,
 ) -> Float[Array, "B T H K"]:
     """The textbook computation: all scores at once, a softmax in float32, a weighted sum."""
@@ -226,7 +226,7 @@ def cross_entropy(
 
 
 def in_blocks(
-    losses: Callable[[jax.Array, jax.Array], jax.Array],
+    losses: Callable[[Float[Array, "B t D"], Int[Array, "B t"]], Float[Array, "B t"]],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     block: int,
@@ -241,7 +241,9 @@ def in_blocks(
     length = hidden.shape[1]
     blocks = next(n for n in range(-(-length // block), length + 1) if length % n == 0)
 
-    def step(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def step(
+        _: None, part: tuple[Float[Array, "B t D"], Int[Array, "B t"]]
+    ) -> tuple[None, Float[Array, "B t"]]:
         return None, jax.checkpoint(losses)(*part)
 
     hidden, targets = (
@@ -266,10 +268,10 @@ def decoding_layers(blocks: nnx.Module, layers: int) -> nnx.Module:
 
 
 def empty_cache(
-    blocks: nnx.Module, cfg: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype
+    blocks: nnx.Module, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype
 ) -> KVCache:
-    """Returns a cache with `slots` free slots per row, in the layout of `blocks`."""
-    return KVCache.empty(cfg, batch, slots, dtype)
+    """Returns a cache with `capacity` free entries per row, in the layout of `blocks`."""
+    return KVCache.empty(cfg, batch, capacity, dtype)
 
 
 # --- Layout of a computation ---------------------------------------------------------------------
@@ -288,15 +290,19 @@ def order_exchanges(
 
 
 def guided_denoiser(
-    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    denoise: Callable[
+        [Float[Array, "B h w C"], Int[Array, ""], Float[Array, "B N D"]], Float[Array, "B h w C"]
+    ],
     cond: Float[Array, "B N D"],
     uncond: Float[Array, "B N D"],
-) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Float[Array, "B h w C"], Int[Array, ""]], tuple[Float[Array, "B h w C"], ...]]:
     """Returns a function of latents and timestep that computes the conditional and the
     unconditional prediction in one call of `denoise` on twice the batch."""
     both = jnp.concatenate([cond, uncond])
 
-    def predict(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def predict(
+        x: Float[Array, "B h w C"], t: Int[Array, ""]
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         conditional, unconditional = jnp.split(denoise(jnp.concatenate([x, x]), t, both), 2)
         return conditional, unconditional
 

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from emu_jax.models import short_attention
 
@@ -698,7 +699,7 @@ def _constant(instruction: Instruction) -> int | None:
     return int(match[1]) if match else None
 
 
-def _iota(shape: str, permutation: str | None) -> np.ndarray:
+def _iota(shape: str, permutation: str | None) -> Int[np.ndarray, "n"]:
     sizes = _numbers(shape)
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     return (ids.transpose(_numbers(permutation)) if permutation else ids).flatten()

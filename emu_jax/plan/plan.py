@@ -65,16 +65,16 @@ SAFE: dict[str, str | bool] = {"xla_tpu_nested_dot_fusion": False, "xla_tpu_dot_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The memory of a program on a topology. Without more, the compiler ran out of memory.
+    """The memory of a program on a topology. If this is all, the compiler ran out of memory.
 
     Attributes:
         devices: JAX devices; a chip may be two.
         mesh: {axis: ways}.
         remat: {tower: policy}.
         rows: rows of a global batch.
-        accumulate: parts of the batch that are computed one after another.
+        accumulate: microbatches of a step.
         model_flops: FLOPs of a step, as `train.flops` counts them.
-        hbm_bytes, hbm_limit_bytes: memory of one device that the program needs, and that there is.
+        hbm_bytes, hbm_limit_bytes: memory of one device: used by the program, and available.
         hbm_by_kind: bytes of one device: parameters, optimizer, batch, activations (kept for the
             backward pass), temporaries, and the cache of a decode step.
         collective_bytes: {mesh axes: {kind of collective: bytes of one step}}.
@@ -105,7 +105,7 @@ class Report:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Report:
-        """Reads what `to_json` returned. Other keys are ignored.
+        """Parses the output of `to_json`. Other keys are ignored.
 
         Raises:
             UserError: a key is missing, or a value has the wrong type.
@@ -310,7 +310,7 @@ def _begin(level: int, flags: str | None) -> None:
 def _plan_token(cfg: TrainConfig, topology: Topology, devices: list[Device]) -> Report:
     """Plans one decode step: the language model reads one token per row.
 
-    Parameters are in the compute dtype, and the KV cache has `row_tokens` slots per row. By
+    Parameters are in the compute dtype, and the KV cache has `row_tokens` entries per row. By
     default heads are sharded, because gathering parameters does not pay off for one token.
     """
     llama = cfg.model.llama
@@ -499,13 +499,13 @@ def by_way(values: Mapping[Any, float]) -> dict[str, dict[str, float]]:
 
 def by_axes(values: Mapping[Any, float], mesh: Mesh) -> dict[str, dict[str, float]]:
     """Returns {mesh axes: {kind of collective: sum}} of values of collectives."""
-    places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
+    coordinates = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for collective, value in values.items():
         if isinstance(collective, hlo.HostCopy):
             continue
         one = 2 if collective.kind == "collective-permute" else None  # one pair
-        where = places[list(collective.group[:one])]
+        where = coordinates[list(collective.group[:one])]
         axes = [
             name for n, name in enumerate(mesh.axis_names) if len(set(where[:, n].tolist())) > 1
         ]

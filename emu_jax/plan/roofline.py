@@ -37,8 +37,8 @@ class Times:
     ici: float
     dcn: float
     instructions: float  # sum of the rooflines of all instructions, without collectives
-    # Of `ici`, `dcn`, `to_host` and `from_host`, what instructions wait for in the compiler's
-    # schedule.
+    # The part of `ici`, `dcn`, `to_host` and `from_host` that no computation overlaps in the
+    # compiler's schedule.
     exposed: float
     to_host: float = 0.0
     from_host: float = 0.0
@@ -100,23 +100,23 @@ class Network:
         passes = 2.0 if collective.kind == "all-reduce" else 1.0
         ici = dcn = 0.0
         if len(within) > 1:
-            share = (len(within) - 1) / len(within)
-            ici = passes * collective.bytes * share / (self.bandwidth(within) / devices)
+            fraction = (len(within) - 1) / len(within)
+            ici = passes * collective.bytes * fraction / (self.bandwidth(within) / devices)
         if len(slices) > 1:
             # Each device of a slice sends its own part of the array.
             part = collective.bytes / len(within)
-            share = (len(slices) - 1) / len(slices)
-            dcn = passes * part * share / (chip.dcn_bandwidth / devices)
+            fraction = (len(slices) - 1) / len(slices)
+            dcn = passes * part * fraction / (chip.dcn_bandwidth / devices)
         return ici, dcn
 
     def axes(self, group: Sequence[int]) -> Iterator[tuple[int, list[int], float]]:
         """Yields (torus axis, coordinates along it, links into a chip) of the axes that a group
         spans."""
         for axis, links in enumerate(self.topology.links_per_axis()):
-            places = sorted({self.coordinates[n][axis] for n in group})
-            if len(places) > 1:
+            positions = sorted({self.coordinates[n][axis] for n in group})
+            if len(positions) > 1:
                 # A group that does not span the whole axis has no ring, only a line.
-                yield axis, places, links if len(places) == self.topology.shape[axis] else 1.0
+                yield axis, positions, links if len(positions) == self.topology.shape[axis] else 1.0
 
     def exchange_seconds(self, group: Sequence[int], part: float) -> float:
         """Returns the seconds in which each device of a group sends `part` bytes to each other.
@@ -125,10 +125,10 @@ class Network:
         links between them. Assumes that the group has as many devices at each coordinate.
         """
         chip, seconds = self.topology.chip, 0.0
-        for axis, places, links in self.axes(group):
-            near = sum(self.coordinates[n][axis] < places[len(places) // 2] for n in group)
-            cut = links * len(group) / len(places)
-            crossing = near * (len(group) - near) * part
+        for axis, positions, links in self.axes(group):
+            lower = sum(self.coordinates[n][axis] < positions[len(positions) // 2] for n in group)
+            cut = links * len(group) / len(positions)
+            crossing = lower * (len(group) - lower) * part
             seconds = max(seconds, crossing / (cut * chip.link_bandwidth / chip.devices))
         return seconds
 

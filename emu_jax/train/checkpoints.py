@@ -314,7 +314,7 @@ class Checkpoints:
             if path.name.endswith((WRITING, REMOVING)):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _attempt(self, action: Callable[[], Any]) -> None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         """Runs a part of saving.
 
         Raises:
@@ -345,8 +345,7 @@ class Checkpoints:
         """Returns (the items of a step, ""), or ({}, why some process cannot read it).
 
         Raises:
-            UserError: the object store fails, which says nothing of the step. All processes raise
-                it.
+            UserError: the object store fails; the step may be intact. All processes raise it.
         """
         folder, failure = self.workdir / str(step), ""
         saved, problem = self._read_share(folder, items)
@@ -449,7 +448,7 @@ def _with_checksums(args: ocp.args.CheckpointArgs) -> ocp.args.CheckpointArgs:
     return ocp.args.PyTreeSave(args.item, ocdbt_target_data_file_size=CHUNK_BYTES)
 
 
-def _attempt(action: Callable[[], Any]) -> str:
+def _attempt(action: Callable[[], object]) -> str:
     """Runs an action. Returns why it failed, in one line, or ""."""
     try:
         action()

@@ -307,7 +307,7 @@ class TrainConfig:
     # Decoder tuning: standard deviation of the noise that all pixels of a channel share.
     noise_offset: float = 0.0
     accumulate: int = 1  # microbatches of a step, computed one after the other
-    ema_decay: float = 0.0  # averages what is trained, when > 0
+    ema_decay: float = 0.0  # decay of the average of the trained parameters; 0: none
     remat: RematConfig = RematConfig()
     attention: str = "auto"  # models.attention.choose_backend
     loss_block: int = 512  # positions of a row whose logits exist at once; 0: all, and are kept
@@ -332,7 +332,7 @@ class TrainConfig:
     # Also keeps the checkpoint with the best value of a held-out metric: {"EVALUATION/METRIC":
     # "min" or "max"}, such as {"heldout/loss": "min"}.
     keep_best: dict[str, str] = dataclasses.field(default_factory=dict)
-    # Without it a checkpoint holds what is trained; the rest stays in its parents' run directories.
+    # False: a checkpoint holds the trained parameters; the others stay in the parents' directories.
     save_frozen: bool = True
     log_documents: bool = False  # which documents each step read (train.telemetry.metrics.StepLog)
     profile_steps: str = ""  # "10:13" traces steps 10, 11 and 12; SIGUSR1 traces the next three

@@ -59,7 +59,7 @@ class BatchSize:
     """The batches of a group of sources, which `step_share` of the steps read.
 
     Attributes:
-        tokens, images: slots of a global batch, padding included.
+        tokens, images: those of a global batch, padding included.
     """
 
     step_share: float
@@ -116,7 +116,8 @@ class DryRun:
             tuned for the chip, checkpoints and other runs.
         parameters: numbers of parameters by tower; None if the model cannot be built.
         batches: one entry for each group of sources that share batches.
-        tokens_per_step, images_per_step: slots of a global batch, a mean over the groups.
+        tokens_per_step, images_per_step: those of a global batch, padding included; a mean over
+            the groups.
         model_flops: FLOPs of a step, as `train.flops` counts them, a mean over the groups.
         devices: number of devices; `device_kind` names them.
         mesh: {axis: ways}; None if the config does not fit the devices. `mesh_reasons` says why.
@@ -493,7 +494,7 @@ def dry_run_summary(report: DryRun) -> str:
     lines += _parameter_lines(report)
     lines.append(
         f"a step       {report.tokens_per_step:,.0f} tokens, {report.images_per_step:,.0f} images "
-        "(slots, with padding)"
+        "(with padding)"
     )
     if report.model_flops is not None:
         lines.append(f"model FLOPs  {report.model_flops:.4g} a step")

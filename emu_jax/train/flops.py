@@ -3,8 +3,8 @@
 A product of [m, k] and [k, n] is 2 m k n. A parameter that is multiplied with a token costs 2
 forward, 2 for the gradient towards its input and 2 for its own: 6 when it is trained. Attention
 has no parameters and costs 4 (queries x keys x width) forward, three times that with its
-gradients; where it is causal, half of it, since half of it is masked. Every slot of a batch
-counts, padding too. Look-ups, norms, softmax and the optimizer are not counted, nor is what is
+gradients; where it is causal, half of it, since half of it is masked. Padding counts like
+any other token or image. Look-ups, norms, softmax and the optimizer are not counted, nor is what is
 computed again to save memory.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from emu_jax.config import EmuConfig, RematConfig
 from emu_jax.models.connectors import connector_of
@@ -135,7 +136,7 @@ def _traced(cfg: TrainConfig) -> float:
 
     def loss(
         trained: dict[str, jax.Array], frozen: dict[str, jax.Array], batch: Batch
-    ) -> jax.Array:
+    ) -> Float[Array, ""]:
         values = trained | frozen
         leaves = [(paths[p][0], paths[p][1].replace(values[p])) for p in flat]
         module = nnx.merge(graphdef, nnx.from_flat_state(leaves))

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Lock:
-    """The lock of a run directory, held by one process for all of its job."""
+    """The lock of a run directory, which one process holds for all processes of its job."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -29,7 +29,7 @@ from emu_jax.sharding import RULES
 
 BLOCK = 128  # values that share a scale, at most; a power of two
 LEAST_BLOCK = 16  # with fewer, a quarter of the memory would be scales
-TENSOR_WAYS = 8  # blocks fit into the pieces of an axis that `tensor` splits so many times
+TENSOR_WAYS = 8  # of an axis: no block crosses the shards of up to this many ways of `tensor`
 LEAST_SIZE = 4096  # of an array whose moments are quantized
 MU_LEVELS, NU_LEVELS = 127, 255
 MU_ROOT, NU_ROOT = 2, 4
@@ -91,7 +91,8 @@ def encode_nu(
 
 
 def dequantize(moment: Quantized) -> Float[Array, "..."]:
-    """Returns a moment in float32. The dtype of its codes tells which of the two it is."""
+    """Returns a moment in float32. The dtype of its codes distinguishes the first moment from the
+    second."""
     codes, scales = moment.codes.astype(jnp.float32), moment.scales
     if moment.codes.dtype == jnp.int8:
         values = jnp.sign(codes) * (codes / MU_LEVELS) ** MU_ROOT

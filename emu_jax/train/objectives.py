@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Real, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Real, UInt8
 
 from emu_jax import diffusion
 from emu_jax.config import EmuConfig, TokenIds
@@ -112,7 +112,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(
-        self, module: Any, batch: Batch, key: jax.Array, targets: Metrics | None = None
+        self, module: Any, batch: Batch, key: Key[Array, ""], targets: Metrics | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
         """Returns the scalar loss of a batch, and the metrics to log.
 
@@ -127,7 +127,7 @@ class Objective(ABC):
 
     @abstractmethod
     def held_out(
-        self, module: Any, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+        self, module: Any, batch: Batch, rows: Bool[Array, "B"], key: Key[Array, ""]
     ) -> Metrics:
         """Returns the sums that `held_out_metrics` divides, [B], a row of the batch each.
 
@@ -250,7 +250,7 @@ class EmuObjective(Objective):
         return {name: jnp.sum(mask) for name, mask in target_masks(module, batch).items()}
 
     def loss(
-        self, module: EmuModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
+        self, module: EmuModel, batch: Batch, key: Key[Array, ""], targets: Metrics | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
         cfg = self.cfg
         pixels = normalize_images(batch["images"], jnp.dtype(cfg.dtype))
@@ -275,7 +275,7 @@ class EmuObjective(Objective):
         }
 
     def held_out(
-        self, module: EmuModel, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+        self, module: EmuModel, batch: Batch, rows: Bool[Array, "B"], key: Key[Array, ""]
     ) -> Metrics:
         pixels = normalize_images(batch["images"], jnp.dtype(self.cfg.dtype))
         images = module.encode_images(pixels, frames=frames_of(batch))
@@ -330,13 +330,17 @@ class TextObjective(Objective):
         return {"text": jnp.sum(text_mask(batch))}
 
     def loss(
-        self, module: LanguageModel, batch: Batch, key: jax.Array, targets: Metrics | None = None
+        self,
+        module: LanguageModel,
+        batch: Batch,
+        key: Key[Array, ""],
+        targets: Metrics | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         token_losses = self._losses(module, batch, key)
         return masked_mean(token_losses, text_mask(batch), (targets or {}).get("text")), {}
 
     def _losses(
-        self, module: LanguageModel, batch: Batch, dropout_key: jax.Array | None
+        self, module: LanguageModel, batch: Batch, dropout_key: Key[Array, ""] | None
     ) -> Float[Array, "B T"]:
         cfg = self.cfg
         x = module.llama.embed_tokens(batch["tokens"]).astype(jnp.dtype(cfg.dtype))
@@ -344,7 +348,7 @@ class TextObjective(Objective):
         return module.llama.token_losses(hidden, following(batch["tokens"]), block=cfg.loss_block)
 
     def held_out(
-        self, module: LanguageModel, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+        self, module: LanguageModel, batch: Batch, rows: Bool[Array, "B"], key: Key[Array, ""]
     ) -> Metrics:
         token_losses = self._losses(module, batch, None)
         return text_sums(token_losses, text_mask(batch) & rows[:, None], batch)
@@ -381,7 +385,7 @@ def sequence_losses(
     batch: Batch,
     *,
     loss_block: int,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Key[Array, ""] | None = None,
     targets: Metrics | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns both losses of packed rows, in float32: the mean cross-entropy over text targets, and
@@ -405,7 +409,7 @@ def hidden_states(
     module: EmuModel,
     images: Float[Array, "B I N E"],
     batch: Batch,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """Returns the language model's states of packed rows, and the embeddings that it read."""
     x = module.embed(batch["tokens"], images, batch["embedding_index"])
@@ -526,12 +530,12 @@ def regression_metrics(sums: Sums) -> dict[str, float]:
     }
 
 
-def row_keys(key: jax.Array, rows: int) -> jax.Array:
+def row_keys(key: Key[Array, ""], rows: int) -> Key[Array, "B"]:
     """Returns a key for each row of a batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def row_normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def row_normal(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B *_"]:
     """Returns noise of `shape`, each row from its key."""
     return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
 
@@ -570,7 +574,7 @@ class ClipObjective(Objective):
         return CLIP(self.cfg.model, remat=self.cfg.remat.visual, rngs=rngs)
 
     def loss(
-        self, module: CLIP, batch: Batch, key: jax.Array, targets: Metrics | None = None
+        self, module: CLIP, batch: Batch, key: Key[Array, ""], targets: Metrics | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
         logits, equal, scale = self._compare(module, batch)
         target = equal / jnp.sum(equal, axis=1, keepdims=True)
@@ -597,7 +601,7 @@ class ClipObjective(Objective):
         return logits, equal, scale
 
     def held_out(
-        self, module: CLIP, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+        self, module: CLIP, batch: Batch, rows: Bool[Array, "B"], key: Key[Array, ""]
     ) -> Metrics:
         logits, equal, _ = self._compare(module, batch)
         equal &= rows[:, None] & rows[None, :]
@@ -638,7 +642,7 @@ class VaeObjective(Objective):
         return Autoencoder(self.cfg, rngs)
 
     def loss(
-        self, module: Autoencoder, batch: Batch, key: jax.Array, targets: Metrics | None = None
+        self, module: Autoencoder, batch: Batch, key: Key[Array, ""], targets: Metrics | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
         cfg = self.cfg
         images = to_signed(batch["images"], cfg)
@@ -662,7 +666,7 @@ class VaeObjective(Objective):
         self,
         module: Autoencoder,
         images: Float[Array, "B Hh Ww 3"],
-        normal: Callable[[tuple[int, ...]], jax.Array],
+        normal: Callable[[tuple[int, ...]], Float[Array, "B h w C"]],
     ) -> tuple[
         Float[Array, "B Hh Ww 3"],
         Float[Array, "B h w C"],
@@ -677,7 +681,7 @@ class VaeObjective(Objective):
         return module.vae.decode(latents).astype(jnp.float32), mean, logvar, latents
 
     def held_out(
-        self, module: Autoencoder, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+        self, module: Autoencoder, batch: Batch, rows: Bool[Array, "B"], key: Key[Array, ""]
     ) -> Metrics:
         images, keys = to_signed(batch["images"], self.cfg), row_keys(key, len(rows))
         painted, mean, logvar, _ = self._reconstruct(
@@ -766,7 +770,7 @@ class DecoderObjective(Objective):
         self,
         module: EmuModel | UNetOnly,
         batch: Batch,
-        key: jax.Array,
+        key: Key[Array, ""],
         targets: Metrics | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         condition, latents = self.conditions_and_latents(module, batch)
@@ -779,9 +783,9 @@ class DecoderObjective(Objective):
 
     def _noise(
         self,
-        key: jax.Array,
+        key: Key[Array, ""],
         shape: tuple[int, ...],
-        normal: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+        normal: Callable[[Key[Array, ""], tuple[int, ...]], Float[Array, "B *_"]],
     ) -> Float[Array, "B h w C"]:
         """Returns noise for latents of `shape`, given the function that samples it."""
         if not self.cfg.noise_offset:
@@ -808,7 +812,7 @@ class DecoderObjective(Objective):
         return jnp.square(module.unet(noisy, times, condition, sizes).astype(jnp.float32) - target)
 
     def held_out(
-        self, module: EmuModel | UNetOnly, batch: Batch, rows: Bool[Array, "B"], key: jax.Array
+        self, module: EmuModel | UNetOnly, batch: Batch, rows: Bool[Array, "B"], key: Key[Array, ""]
     ) -> Metrics:
         condition, latents = self.conditions_and_latents(module, batch)
         time_key, noise_key = jax.random.split(key)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
 from emu_jax.errors import UserError
 from emu_jax.sharding import dotted
@@ -141,7 +142,7 @@ def _clip(clip_norm: float) -> optax.GradientTransformationExtraArgs:
         state: optax.EmptyState,
         params: optax.Params | None = None,
         *,
-        norm: jax.Array,
+        norm: Float[Array, ""],
         **_: jax.Array,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         factor = jnp.minimum(1, clip_norm / norm)
@@ -185,7 +186,7 @@ def _scale_by_adam(
         state: optax.ScaleByAdamState,
         params: optax.Params | None = None,
         *,
-        finite: jax.Array,
+        finite: Bool[Array, ""],
         **_: jax.Array,
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
@@ -236,7 +237,7 @@ def _scale_by_groups(
         state: optax.ScaleByScheduleState,
         params: optax.Params | None = None,
         *,
-        finite: jax.Array,
+        finite: Bool[Array, ""],
         **_: jax.Array,
     ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
         rates = {group: rate(state.count) for group, rate in schedules.items()}

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Real
 
 from emu_jax.config import to_dict
 from emu_jax.data.latents import PartWriter, Progress, finish, latent_shapes
@@ -127,7 +128,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> PrecomputeReport:
             return arrays if sizes is None else (*arrays, sizes)
 
         @jax.jit
-        def unconditional(params: ModelParams) -> jax.Array:
+        def unconditional(params: ModelParams) -> Float[Array, "N D"]:
             return objective.unconditional(module(params))
 
         progress = Progress.of(folder, _digest(cfg))
@@ -179,7 +180,7 @@ def _digest(cfg: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _local(array: jax.Array) -> np.ndarray:
+def _local(array: Real[Array, "global *shape"]) -> Float[np.ndarray, "local *shape"]:
     """Returns this process's rows, in order."""
     rows = {s.index[0].start or 0: s.data for s in array.addressable_shards}
     return np.concatenate([np.asarray(rows[start].astype(jnp.float32)) for start in sorted(rows)])

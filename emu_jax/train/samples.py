@@ -4,8 +4,8 @@
     images          the image that follows a text, from fixed seeds
     continuations   the texts and images that follow the first half of a document
 
-A document is split in two: the prompt, and the reference, which the model should generate. With
-averaged weights (`ema_decay`), those generate, as in `emu_jax.load`.
+A document is split in two: the prompt, and the reference, which the model should generate. If
+weights are averaged (`ema_decay`), the average generates, as in `emu_jax.load`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _DocumentPart: TypeAlias = SheetPart | list[Image.Image]  # the latter is a vide
 
 DECODER_TOWERS = ("unet", "vae")
 _SEED = 0  # of the choice of documents
-TRIES = 8  # documents read for each that is used; the others are damaged, too long or unfit
+TRIES = 8  # documents to try for each sample; some are damaged, too long or unsuitable
 
 
 class TrainedEmu:
@@ -120,7 +120,7 @@ class SampleEvaluation(Evaluation):
     """Generates from fixed held-out documents: `captions`, `images` or `continuations`.
 
     Scores are means over the documents that have them: `exact_match` and `word_f1` of the texts;
-    `image_share`, the share of references with an image for which the model generates one; and
+    `image_share`, the fraction of references with an image for which the model generates one; and
     `image_similarity`, the cosine similarity of the first generated image to the first reference
     image in the model's own visual features.
 
@@ -198,7 +198,7 @@ class SampleEvaluation(Evaluation):
     def _generate(
         self, emu: Emu, prompts: list[list[_DocumentPart]], first: int
     ) -> Sequence[Sequence[SheetPart]]:
-        """Returns what follows each prompt. `first` is the number of the first."""
+        """Returns the continuation of each prompt. `first` is the number of the first."""
         if self.config.kind == "images":
             seeds = [emu.defaults.seed + first + n for n in range(len(prompts))]
             return [[image] for image in emu.generate_image(prompts, seed=seeds)]
@@ -233,7 +233,7 @@ def _generation(cfg: TrainConfig, config: EvalConfig) -> GenerationConfig:
 
 
 def text_scores(rows: Sequence[SheetRow]) -> dict[str, float]:
-    """Returns the share of texts with exactly the words of their reference, and the mean F1 of
+    """Returns the fraction of texts with exactly the words of their reference, and the mean F1 of
     words as SQuAD computes it. Case and punctuation do not count."""
     pairs = [(_words(row.generated), _words(row.reference)) for row in rows]
     pairs = [(ours, reference) for ours, reference in pairs if reference]
@@ -251,14 +251,14 @@ def image_scores(emu: Emu, rows: Sequence[SheetRow]) -> dict[str, float]:
     pairs = [(ours, reference) for ours, reference in pairs if reference]
     if not pairs:
         return {}
-    share = float(np.mean([bool(ours) for ours, _ in pairs]))
+    image_share = float(np.mean([bool(ours) for ours, _ in pairs]))
     compared = [(ours[0], reference[0]) for ours, reference in pairs if ours]
     if not compared:
-        return {"image_share": share}
+        return {"image_share": image_share}
     features = emu.embed([image for pair in compared for image in pair])
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
     similarity = np.sum(features[0::2] * features[1::2], axis=-1)
-    return {"image_share": share, "image_similarity": float(np.mean(similarity))}
+    return {"image_share": image_share, "image_similarity": float(np.mean(similarity))}
 
 
 def _words(parts: Sequence[SheetPart]) -> list[str]:

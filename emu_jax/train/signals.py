@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Shaped
 
 STOP, TRACE = 0, 1  # indices into a vote
 # Signals this close together count as one request: a launcher signals both a process and its group,
@@ -90,8 +91,8 @@ class Signals:
         """Requests a save and a stop, like the first SIGTERM."""
         self._asked[STOP], self._stop_asked_at = 1, time.monotonic()
 
-    def vote(self, after: jax.Array) -> np.ndarray | jax.Array:
-        """Returns int32 [2], nonzero at STOP and at TRACE where any process got that signal.
+    def vote(self, after: Shaped[Array, "..."]) -> Int[np.ndarray, "2"] | Int[Array, "2"]:
+        """Returns the votes, nonzero at STOP and at TRACE where any process got that signal.
         Ready when `after`, an output of the step, is."""
         requests = self._asked.copy()
         self._asked[TRACE] -= requests[TRACE]  # one request, one trace

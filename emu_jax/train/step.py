@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
 
 from emu_jax.checkpoint import tower_of
 from emu_jax.errors import UserError
@@ -154,27 +155,29 @@ class Trainer:
             barrier(key=f"compiled step {step}", timeout_ms=1000 * COMPILE_SECONDS)
             self._compiled.add(shapes)
 
-    def loss(self, params: ModelParams, batch: Batch, step: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        self, params: ModelParams, batch: Batch, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Returns the loss and the metrics at `params`, with the random key of a step."""
         _, step_key = self._keys()
         return self._objective_loss(params, batch, jax.random.fold_in(step_key, step))
 
     def gradients(
         self, state: TrainState, batch: Batch
-    ) -> tuple[tuple[jax.Array, Metrics], Params]:
+    ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         """Returns ((loss, metrics), the gradients of the trained parameters).
 
-        With accumulation, a batch is split into parts of every n-th row, so each device keeps its
-        own rows. Each part divides by the average number of targets of a part. The mean over the
-        parts is then that of the whole batch, whatever number of targets each part has.
+        With accumulation, a batch is split into n microbatches of every n-th row, so each device
+        keeps its own rows. Each loss is divided by the average number of targets of a microbatch.
+        The mean of the losses is then that of the whole batch, however its targets are spread.
         """
         _, step_key = self._keys()
         key = jax.random.fold_in(step_key, state.step)
 
         def trained_loss(
-            trained: Params, part: Batch, key: jax.Array, targets: Metrics | None
-        ) -> tuple[jax.Array, Metrics]:
-            return self._objective_loss(trained | state.frozen, part, key, targets)
+            trained: Params, batch: Batch, key: Key[Array, ""], targets: Metrics | None
+        ) -> tuple[Float[Array, ""], Metrics]:
+            return self._objective_loss(trained | state.frozen, batch, key, targets)
 
         gradients = jax.value_and_grad(trained_loss, has_aux=True)
         n = self.cfg.accumulate
@@ -184,22 +187,22 @@ class Trainer:
         module = self.template.module(state.trained | state.frozen)
         targets = {k: count / n for k, count in self.objective.targets(module, batch).items()}
         rows = NamedSharding(self.mesh, PartitionSpec(None, *batch_sharding(self.mesh).spec))
-        parts = jax.tree.map(
+        microbatches = jax.tree.map(
             lambda x: jax.lax.with_sharding_constraint(
                 jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), rows
             ),
             batch,
         )
 
-        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            value, grads = gradients(state.trained, *part, targets)
+        def add(total: Any, microbatch: tuple[Batch, Key[Array, ""]]) -> tuple[Any, None]:
+            value, grads = gradients(state.trained, *microbatch, targets)
             grads = jax.lax.with_sharding_constraint(grads, self.state_shardings.trained)
             return jax.tree.map(jnp.add, total, (value, grads)), None
 
         keys = jax.random.split(key, n)
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        first = jax.tree.map(lambda x: x[0], (microbatches, keys))
         shapes = jax.eval_shape(lambda: gradients(state.trained, *first, targets))
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), (parts, keys))
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), (microbatches, keys))
         return jax.tree.map(lambda x: x / n, total)
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -256,14 +259,14 @@ class Trainer:
             metrics[f"lr/{tower}"] = jnp.where(finite, rate, 0.0)
         return metrics
 
-    def _keys(self) -> tuple[jax.Array, jax.Array]:
+    def _keys(self) -> tuple[Key[Array, ""], Key[Array, ""]]:
         """Returns the keys of the initial parameters and of the steps."""
         init_key, step_key = jax.random.split(jax.random.key(self.cfg.seed))
         return init_key, step_key
 
     def _objective_loss(
-        self, params: ModelParams, batch: Batch, key: jax.Array, targets: Metrics | None = None
-    ) -> tuple[jax.Array, Metrics]:
+        self, params: ModelParams, batch: Batch, key: Key[Array, ""], targets: Metrics | None = None
+    ) -> tuple[Float[Array, ""], Metrics]:
         module = self.template.module(params)
         return self.objective.loss(module, batch, key, targets)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from emu_jax.data.documents import short_hash
 from emu_jax.data.sources.index import Arrays, cached_arrays, folder_for
-from emu_jax.data.sources.tars import Reason, hashed, places, suffixes
+from emu_jax.data.sources.tars import Reason, hashed, indices_of, suffixes
 
 _VERSION = "folders-1"
 
@@ -74,7 +74,7 @@ class SubFolders:
         arrays = self._open()
         if not self._folders:
             return "missing"
-        hits = places(arrays["name"], hashed(name))
+        hits = indices_of(arrays["name"], hashed(name))
         if len(hits) != 1:
             return "ambiguous" if hits else "missing"
         return os.path.join(self._folders[arrays["folder"][hits[0]]], os.path.basename(name))

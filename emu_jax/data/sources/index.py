@@ -50,7 +50,7 @@ from queue import SimpleQueue
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 from emu_jax.data import storage
 from emu_jax.data.documents import short_hash
@@ -86,8 +86,8 @@ class NotIndexed(Exception):
 
 @contextmanager
 def without_indexing() -> Iterator[None]:
-    """Within it, sources open what is cached and write nothing: `cached_arrays` raises `NotIndexed`
-    for arrays that it would have to make. Holds for the calling thread."""
+    """Context in which sources open cached arrays and write nothing: `cached_arrays` raises
+    `NotIndexed` for arrays that it would have to make. Holds for the calling thread."""
     token = _indexing.set(False)
     try:
         yield
@@ -507,7 +507,9 @@ class Checked:
             rebuilt the next time. Or the store cannot be read.
     """
 
-    def __init__(self, file: Path, sums: np.ndarray, origin: StorePath | None = None) -> None:
+    def __init__(
+        self, file: Path, sums: UInt32[np.ndarray, "blocks"], origin: StorePath | None = None
+    ) -> None:
         self._file, self._sums, self._origin = file, sums, origin
         with file.open("rb") as opened:  # a plain map: `np.memmap` takes ten times as long
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -866,7 +868,9 @@ def _nbytes(array: np.ndarray) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 
-def _renumbered(rows: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
+def _renumbered(
+    rows: Sequence[Int[np.ndarray, "_"]], counts: Sequence[int]
+) -> Int[np.ndarray, "_"]:
     """Returns numbers of rows in several arrays as numbers in their concatenation.
 
     Args:

@@ -166,7 +166,7 @@ class Media:
         """Returns (file, offset, size), or why there is none. A URL stands for the file that it
         was downloaded to.
 
-        The offset is None for a plain file, which is opened anew at each read because, unlike an
+        The offset is None for a plain file, which is reopened at each read because, unlike an
         archive, it may be replaced.
 
         Args:

@@ -45,7 +45,7 @@ class SourceConfig:
     # Listings that map the URLs of images to the names of files in `media`: `url` with `file`, or
     # with `key` as in img2dataset's metadata. For listings that name images by URL (OBELICS).
     url_files: tuple[str, ...] = ()
-    # Share of the documents among sources packed together; otherwise see `DataConfig`.
+    # Fraction of the documents among sources packed together; otherwise see `DataConfig`.
     weight: float = 1.0
     # Batches of its own, instead of rows shared with other sources; 0: as in `DataConfig`.
     batch_size: int = 0

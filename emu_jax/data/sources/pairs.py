@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from emu_jax.data import storage
 from emu_jax.data.documents import (
@@ -284,7 +285,7 @@ class _Part(NamedTuple):
 
 class _Sample(NamedTuple):
     key: _Key
-    spans: np.ndarray  # [role, (offset, size)]
+    spans: Int[np.ndarray, "roles 2"]  # (offset, size)
     damage: int  # 1 + index in REASONS, or 0
     replaced: list[str]  # names of members whose role another member fills
     joined: bool = False  # from members that are not adjacent

@@ -99,7 +99,7 @@ class ParquetRows:
         return table.result()
 
     def _evict(self, failed: _Key | None) -> None:
-        """Drops the groups that were used longest ago. A failed one is read anew next time."""
+        """Drops the groups that were used longest ago. A failed one is read again next time."""
         with self._lock:
             if failed is not None:
                 self._groups.pop(failed, None)

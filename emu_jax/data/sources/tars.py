@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt64
 
 from emu_jax.data import storage
 from emu_jax.data.sources.formats import check_format
@@ -145,7 +146,7 @@ class TarFiles:
         whole = hashed(name)
         for below in suffixes(name):
             key = hashed(below)
-            matches = places(self._names, key)
+            matches = indices_of(self._names, key)
             # The whole name may be the end of a longer path; its shorter endings must be a path.
             exact = [n for n in matches if self._paths[n] in (whole, key)]
             matches = exact or (matches if below == name else [])
@@ -185,10 +186,10 @@ def hashed(name: str) -> np.uint64:
     return np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), np.uint64)[0]
 
 
-def places(names: np.ndarray, name: np.uint64) -> list[int]:
+def indices_of(names: UInt64[np.ndarray, "names"], name: np.uint64) -> list[int]:
     """Returns the indices of a hash in sorted hashes, at most `_ALIKE` of them."""
-    place = int(np.searchsorted(names, name))
-    return [n for n in range(place, min(place + _ALIKE, len(names))) if names[n] == name]
+    first = int(np.searchsorted(names, name))
+    return [n for n in range(first, min(first + _ALIKE, len(names))) if names[n] == name]
 
 
 def _sorted(arrays: Arrays) -> Arrays:

@@ -11,7 +11,7 @@ from emu_jax.data.sources.entries import Entries
 from emu_jax.data.sources.formats import PARQUET
 from emu_jax.data.sources.index import Arrays, cached_arrays, fingerprint, folder_for, index_files
 from emu_jax.data.sources.parquet import columns_in
-from emu_jax.data.sources.tars import hashed, places
+from emu_jax.data.sources.tars import hashed, indices_of
 from emu_jax.data.unused import Tally
 from emu_jax.errors import UserError
 
@@ -52,7 +52,7 @@ class UrlFiles:
 
     def names(self, url: str) -> list[str]:
         """Returns the names that the file of a URL may have, [] if it was not downloaded."""
-        matches = places(self._urls, hashed(url))
+        matches = indices_of(self._urls, hashed(url))
         if not matches:
             return []
         start, size = int(self._starts[matches[0]]), int(self._sizes[matches[0]])

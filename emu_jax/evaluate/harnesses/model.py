@@ -1,7 +1,7 @@
-"""A checkpoint as a harness asks it: dialogues in, texts out.
+"""A checkpoint behind the interface of a harness: dialogues in, texts out.
 
-A harness knows nothing of Emu's prompts. An instruction-tuned model is asked in its own chat
-format. A pretrained model reads the parts of all turns in order and continues them; a template
+A harness knows nothing of Emu's prompts. An instruction-tuned model gets dialogues in its own chat
+format. A pretrained model gets the parts of all turns in order, and continues them; a template
 turns a question into a text that such a model continues well.
 """
 
@@ -56,9 +56,9 @@ class HarnessModel:
     """Answers the dialogues of a harness.
 
     Args:
-        template: what the last text of a dialogue becomes, such as "{text} short answer:". Without
-            "{text}" it replaces the text.
-        settings: fields of `GenerationConfig`, which win over those of a task.
+        template: replaces the last text of a dialogue, such as "{text} short answer:", in which
+            "{text}" stands for that text.
+        settings: fields of `GenerationConfig`; they override those of a task.
 
     Raises:
         UserError: a setting is unknown or invalid.
@@ -104,9 +104,9 @@ class HarnessModel:
         """Answers dialogues, each of which ends with the user's turn.
 
         Args:
-            settings: fields of `GenerationConfig` that the task asks for (`task_settings`). Those
-                of the model win; what neither names is as in the model's release, but for
-                `MAX_NEW_TOKENS` of instruction-tuned models.
+            settings: fields of `GenerationConfig` that the task sets (`task_settings`). Those of
+                this object override them. Other fields are as in the model's release, except
+                `MAX_NEW_TOKENS` for instruction-tuned models.
 
         Raises:
             UserError: a part or a setting is invalid, or a prompt leaves no room for the answer.

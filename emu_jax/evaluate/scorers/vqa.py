@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import zipfile
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from emu_jax.errors import UserError
@@ -88,7 +88,7 @@ def score(
 
 
 def exact(answers: Mapping[Hashable, str], predictions: Mapping[Hashable, str]) -> Scores:
-    """Returns `accuracy`, the share of predictions that equal the answer, in percent.
+    """Returns `accuracy`, the percentage of predictions that equal the answer, in percent.
 
     Used for MSVD-QA and MSRVTT-QA (Xu et al., MM 2017), whose answers are one lower-case word of a
     vocabulary. Case and surrounding white space are ignored.
@@ -128,7 +128,7 @@ def wups(
     Returns:
         `WUPS` and, given types, `WUPS_C`, `WUPS_T`, `WUPS_D` and `WUPS/T` of each type (TN and TP
         are merged). Without nltk's WordNet, `exact` takes the place of `WUPS` in these names, with
-        a note: the share that matches in lower case without stop words.
+        a note: the percentage that matches in lower case without stop words.
 
     Raises:
         UserError: questions lack answers, types or a prediction.
@@ -254,7 +254,7 @@ def _leave_one_out(matches: Sequence[bool]) -> float:
     return sum(min(1, (total - match) / 3) for match in matches) / len(matches)
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values)
 

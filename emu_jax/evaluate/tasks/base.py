@@ -421,8 +421,8 @@ class Folder:
 
     def find(self, *names: str) -> Path | None:
         """Returns the first of the named files that exists, or None."""
-        places = [self.root / within / n for n in names for within in _WITHIN]
-        return next((p for p in places if p.exists()), None)
+        candidates = [self.root / within / n for n in names for within in _WITHIN]
+        return next((p for p in candidates if p.exists()), None)
 
     def folder(self, *names: str) -> Path:
         """Returns the first of the named directories that exists.
@@ -431,8 +431,10 @@ class Folder:
             UserError: none exists.
         """
         if names not in self._folders:
-            places = [self.root / within / n for n in names for within in ("", "images", "videos")]
-            match = next((place for place in places if place.is_dir()), None)
+            candidates = [
+                self.root / within / n for n in names for within in ("", "images", "videos")
+            ]
+            match = next((path for path in candidates if path.is_dir()), None)
             if match is None:
                 raise UserError(
                     f"{self.root} has no folder {' or '.join(names)} of images or videos: see "

@@ -115,7 +115,7 @@ class NExTQA(VideoAnswering):
 
     def items(self, data: Folder, split: str, seed: int) -> list[Item]:
         path = data.file(f"{split}.csv")
-        places = _table(data, "map_vid_vidorID.json")
+        folders = _table(data, "map_vid_vidorID.json")
         folder = data.folder("videos", "NExTVideo", "video")
         added = _table(data, f"add_reference_answer_{split}.json")
         items = []
@@ -128,7 +128,7 @@ class NExTQA(VideoAnswering):
                 items.append(
                     Item(
                         f"{video}_{qid}",
-                        folder / f"{places.get(video, video)}.mp4",
+                        folder / f"{folders.get(video, video)}.mp4",
                         # The file has neither capitals nor question marks.
                         row["question"].removesuffix("?") + "?",
                         fields={

@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's time that its devices trained, and what the rest went to."""
+"""Goodput: the fraction of a run's time that its devices trained, and what the rest went to."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class Goodput:
             self._spans[kind] = [span for span in spans if span[1] > ended]
 
     def metrics(self) -> dict[str, float]:
-        """Returns the seconds by kind since the run began, the share of them that went into steps,
-        and the number of compilations."""
+        """Returns the seconds by kind since the run began, the fraction of them that went into
+        steps, and the number of compilations."""
         total = sum(self._seconds.values())
         return {
             **{f"{kind}_seconds": seconds for kind, seconds in self._seconds.items()},

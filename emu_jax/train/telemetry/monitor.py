@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Int, Real
 
 from emu_jax.data.latents import LatentBatches
 from emu_jax.data.pipeline import Batches, Consumed
@@ -39,8 +40,8 @@ from emu_jax.train.telemetry.watchdog import Watchdog
 class _InFlight(NamedTuple):
     step: int
     at: float  # time.monotonic
-    metrics: Mapping[str, jax.Array]
-    vote: np.ndarray | jax.Array  # Signals.vote
+    metrics: Mapping[str, Real[Array, ""]]
+    vote: Int[np.ndarray, "2"] | Int[Array, "2"]  # Signals.vote
     fill: Mapping[str, Any]  # Batches.statistics
     consumed: Mapping[str, Consumed] | None  # Batches.consumed
 
@@ -112,7 +113,7 @@ class Monitor:
         return step % self.cfg.log_every == 0 or step in (1, self.cfg.steps)
 
     def on_dispatch(
-        self, step: int, metrics: Mapping[str, jax.Array], batches: Batches | LatentBatches
+        self, step: int, metrics: Mapping[str, Real[Array, ""]], batches: Batches | LatentBatches
     ) -> None:
         """Called after the loop has dispatched a step.
 
@@ -158,7 +159,7 @@ class Monitor:
         return self.stopping
 
     def _ended(
-        self, dispatched: _InFlight, row: dict[str, float], vote: np.ndarray, at: float
+        self, dispatched: _InFlight, row: dict[str, float], vote: Int[np.ndarray, "2"], at: float
     ) -> None:
         self._step = step = dispatched.step
         self.row = row
@@ -196,7 +197,7 @@ class _Ends:
         self.pending += 1
         self._dispatched.put(dispatched)
 
-    def next(self) -> tuple[_InFlight, dict[str, float], np.ndarray, float]:
+    def next(self) -> tuple[_InFlight, dict[str, float], Int[np.ndarray, "2"], float]:
         """Returns (the oldest pending step, its metrics, its vote, when it ended).
 
         Raises:
@@ -248,7 +249,8 @@ class _Rates:
 
 
 def _consumption(consumed: Mapping[str, Consumed]) -> dict[str, float]:
-    """Returns the metrics of what a run has read: slots in all, and slots and epochs by source."""
+    """Returns the metrics of what a run has read: tokens and images, in all and by source, and
+    epochs by source."""
     if not consumed:
         return {}
     total = {
