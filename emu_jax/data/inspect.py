@@ -35,8 +35,8 @@ class InspectReport:
 
     Attributes:
         kind: of the batches.
-        token_fill, image_fill: fractions of token and image slots in use.
-        tokens, images, documents: numbers of slots in use and of documents that were packed.
+        token_fill, image_fill: fractions of tokens and images that are not padding.
+        tokens, images, documents: numbers of those that were packed, without padding.
         truncated: number of documents that were too long and were cut.
         damaged: numbers of documents that could not be read, by reason, of the `read` ones.
         read: number of documents that were read and decoded.
