@@ -100,9 +100,10 @@ def inspect(
         raise UserError("show at least one row, and read at least one document")
     sample = _sample(cfg, tokenizer, kind, rows, documents)
     damaged = dict(collections.Counter(damage.reason for damage in sample.damaged))
+    survey: dict[str, Any] = {**_survey(cfg, tokenizer, kind, documents), "damaged": damaged}
     report = InspectReport(
         kind=kind,
-        **_survey(cfg, tokenizer, kind, documents) | {"damaged": damaged},
+        **survey,
         read=sample.counts["documents"],
         sources=sample.tallies,
         rows_per_second_per_core=sample.counts["rows"] / sample.seconds,

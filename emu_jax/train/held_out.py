@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from emu_jax.data.latents import LatentBatches
 from emu_jax.data.pipeline import Batches, batches_of_each_source
@@ -142,7 +142,7 @@ class LossEvaluation(Evaluation):
         return batch
 
     def _statistics(
-        self, params: ModelParams, batch: Batch, rows: Int[Array, ""], noise: Int[Array, ""]
+        self, params: ModelParams, batch: Batch, rows: Int[Array, ""], noise: UInt32[Array, ""]
     ) -> Metrics:
         """Returns `Objective.held_out` of a batch, whose first `rows` rows are not padding."""
         module = self.trainer.template.module(params)
