@@ -1366,12 +1366,20 @@ def test_prompts_that_round_otherwise_share_no_batch(drawer, monkeypatch):
     texts = [engine.stream(["one " * n], **more) for n in (1, 50, 2, 51, 3, 52)]
     drawn = [engine.generate_image([OPENING[3]], seed=n, **DRAW) for n in range(4)]
     assert [next(each) for each in texts + drawn] == [None] * 10
-    batches = []
-    monkeypatch.setattr(engine._text, "_prefill_batch", lambda *batch: batches.append(batch))
+    batches, inserted, waiting = [], [], engine._text._waiting
+    monkeypatch.setattr(engine._text, "_dispatch", lambda *batch: batches.append(batch))
+    # Counts the batches that have been dispatched when each is awaited.
+    monkeypatch.setattr(engine._text, "_insert_batch", lambda *_: inserted.append(len(batches)))
     engine._text.prefill_waiting()
-    assert [size for _, size in batches] == [4, 4, 1, 1, 1, 1]
+    assert [size for _, size in batches] == [4, 4, 1, 1, 1, 1] and inserted == [6] * 6
     short, long, *_ = ({len(each.prompt.tokens) for each in batch} for batch, _ in batches)
     assert max(short) < 16 < min(long) and engine.active == (10, 0)
+    # Batches with more tokens than a batch may have are not computed together.
+    engine._text._waiting = waiting
+    monkeypatch.setattr(engines, "PREFILL_TOKENS", 5 * 16)
+    batches.clear(), inserted.clear()
+    engine._text.prefill_waiting()
+    assert [size for _, size in batches] == [4] + [1] * 7 and inserted == [1, 2, 3, 5, 5, 8, 8, 8]
 
 
 @pytest.mark.parametrize("paints", [False, pytest.param(True, marks=pytest.mark.slow)])

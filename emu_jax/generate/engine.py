@@ -37,6 +37,7 @@ from emu_jax.generate.api import (
     Variables,
     _encode,
     _finish_painting,
+    _HashedGraphDef,
     _image_keys,
     _row_keys,
     _seeded_keys,
@@ -180,7 +181,6 @@ class Engine:
         shapes, sizes = self._text.prompt_shapes(), self._text.sizes()
         return [
             *(functools.partial(self._finish, answer) for answer in answers),
-            self._text.compile_decoding,
             *(functools.partial(self._text.compile_images, size) for size in sizes),
             *(functools.partial(self._text.compile, *shape) for shape in shapes),
         ]
@@ -268,9 +268,9 @@ class Engine:
                     yield from self._paint(embeddings[:, part], key, cfg, previews=previews)
                 stopped = has_stop(text, stops)
                 if ended or stopped:
-                    written = np.isin(tokens, (ids.pad, ids.image, ids.img_end), invert=True)
-                    complete = stopped or bool(np.any(tokens == ids.eos))
-                    yield Usage(length, int(written.sum()), complete)
+                    unwritten = (ids.pad, ids.image, ids.img_end)
+                    written = [token for token in tokens.tolist() if token not in unwritten]
+                    yield Usage(length, len(written), stopped or ids.eos in written)
                     return
                 while self._text.length(slot) == len(tokens):
                     yield None
@@ -459,6 +459,7 @@ class _TextSlots:
         self, emu: Emu, slots: int, static: mixed.StaticMixedSettings, prompt_tokens: int
     ) -> None:
         self._emu, self.static, self._shapes = emu, static, emu._batcher.shapes
+        self._graphdef, self._params = _without_painter(emu)
         self.elements = static.steps(emu.cfg.n_embeddings)
         context = bucket(emu.cfg.llama.context_length)
         self._cache_capacity = min(context, bucket(prompt_tokens) + self.elements)
@@ -553,11 +554,16 @@ class _TextSlots:
             normalized = len(images) > 0 and images.dtype != np.uint8
             groups[waiting.length, normalized, waiting.alone].append(waiting)
         self._waiting = []
+        dispatched: list[tuple[Sequence[_WaitingPrompt], mixed.MixedState | Exception]] = []
+        tokens = 0
         for (length, _, alone), group in groups.items():
             for batch, size in batches(group, [1] if alone else self.sizes(length)):
-                self._prefill_batch(batch, size)
-        if self._state is not None:
-            self._fetch()
+                if tokens and tokens + size * length > PREFILL_TOKENS:
+                    self._insert_all(dispatched)
+                    tokens = 0
+                dispatched.append((batch, self._dispatch(batch, size)))
+                tokens += size * length
+        self._insert_all(dispatched)
         return True
 
     def sizes(self, length: int = 1) -> list[int]:
@@ -565,39 +571,50 @@ class _TextSlots:
         sizes = [rows for rows in PREFILL_ROWS if rows < len(self.taken)]
         return [1, *(rows for rows in sizes if rows > 1 and rows * length <= PREFILL_TOKENS)]
 
-    def _prefill_batch(self, batch: Sequence[_WaitingPrompt], size: int) -> None:
-        """Prefills prompts into their slots in a batch of `size` rows; one by one if that fails."""
+    def _dispatch(self, batch: Sequence[_WaitingPrompt], size: int) -> mixed.MixedState | Exception:
+        """Starts to prefill prompts in a batch of `size` rows. Returns the state of each after its
+        first element, and of padding, or the error. The slots keep theirs."""
+        prompts = [each.prompt for each in batch]
+        try:
+            padded = self._batch(prompts, batch[0].length, size)
+            slots = _slots_of(batch, size)
+            return _prefill_rows(*self._arguments(slots, padded, self._encode(prompts, padded)))
+        except Exception as error:
+            return error.with_traceback(None)  # which holds arrays of the batch
+
+    def _insert_all(
+        self, dispatched: list[tuple[Sequence[_WaitingPrompt], mixed.MixedState | Exception]]
+    ) -> None:
+        """Puts batches of prompts into their slots, and empties the list."""
+        while dispatched:
+            self._insert_batch(*dispatched.pop(0))
+
+    def _insert_batch(
+        self, batch: Sequence[_WaitingPrompt], rows: mixed.MixedState | Exception
+    ) -> None:
+        """Puts prompts into their slots. Those that failed together are prefilled one by one."""
         if self._state is None and self.active.any():
             raise RuntimeError(LOST)
-        rows = None
-        try:
-            rows = self._prefilled(batch, size)
-        except Exception as error:
+        if not isinstance(rows, Exception):
+            try:
+                jax.block_until_ready(rows)  # a failure must show before slots are donated
+            except Exception as error:
+                rows = error.with_traceback(None)
+        if isinstance(rows, Exception):
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].error = rows
                 return
-            log.warning("%d prompts could not be prefilled together: %s", len(batch), error)
-        if rows is None:  # outside of `except`: the error refers to the arrays of the batch
+            log.warning("%d prompts could not be prefilled together: %s", len(batch), rows)
             for each in batch:
-                self._prefill_batch([each], 1)
+                self._insert_batch([each], self._dispatch([each], 1))
             return
         states, self._state = self._state, None  # donated: lost if `_insert` fails
         if states is None:
             states = _empty_slots(rows, len(self.taken), self._cache_capacity)
-        states = _insert(states, rows, _slots_of(batch, size), np.int32(len(batch)))
-        jax.block_until_ready(states)
-        self._state = states
+        slots = _slots_of(batch, len(rows.step))
+        self._state = _insert(states, rows, slots, np.int32(len(batch)))
         for each in batch:
             each.prefilled = self.active[each.slot] = True
-
-    def _prefilled(self, batch: Sequence[_WaitingPrompt], size: int) -> mixed.MixedState:
-        """Returns the state of each prompt after its first element, and of padding. The slots keep
-        theirs."""
-        prompts = [each.prompt for each in batch]
-        padded = self._batch(prompts, batch[0].length, size)
-        slots = _slots_of(batch, size)
-        rows = _prefill_rows(*self._arguments(slots, padded, self._encode(prompts, padded)))
-        return jax.block_until_ready(rows)  # a failure must show before slots are donated
 
     def _batch(self, prompts: Sequence[Prompt], length: int, rows: int) -> PromptBatch:
         """Pads prompts to a length, with room for the images of the one that has most."""
@@ -615,8 +632,8 @@ class _TextSlots:
     ) -> tuple[Any, ...]:
         """Returns the arguments of `_prefill_rows` for the prompts of slots."""
         return (
-            self._emu._graphdef,
-            self._emu._params,
+            self._graphdef,
+            self._params,
             images,
             batch.tokens,
             batch.embedding_index,
@@ -662,10 +679,9 @@ class _TextSlots:
     def _encode_images(
         self, images: np.ndarray, frames: Bool[np.ndarray, "B"]
     ) -> Float[Array, "B N E"]:
-        emu = self._emu
-        has_frames = emu.cfg.tokens.frame is not None
+        has_frames = self._emu.cfg.tokens.frame is not None
         return _encode(
-            emu._graphdef, emu._params, images, frames if has_frames else None, emu.dtype
+            self._graphdef, self._params, images, frames if has_frames else None, self._emu.dtype
         )
 
     @functools.cached_property
@@ -699,23 +715,10 @@ class _TextSlots:
         Raises:
             RuntimeError: no prompt has been prefilled yet.
         """
-        with self._emu._on_mesh():
-            self._compile(self._present_state(), length, rows)
-
-    def compile_decoding(self) -> None:
-        """Compiles decoding, in case that all dummy answers ended with their first
-        token.
-
-        Raises:
-            RuntimeError: no prompt has been prefilled yet.
-        """
-        with self._emu._on_mesh():
-            _decode_slots.lower(*self._decode_arguments(self._present_state(), 1)).compile()
-
-    def _present_state(self) -> mixed.MixedState:
         if self._state is None:
             raise RuntimeError("the slots have no state before the first prompt")
-        return self._state
+        with self._emu._on_mesh():
+            self._compile(self._state, length, rows)
 
     def _compile(self, state: mixed.MixedState, length: int, rows: int) -> None:
         slots = np.arange(rows, dtype=np.int32)
@@ -732,30 +735,22 @@ class _TextSlots:
         return Prompt(tokens, tokens - 1, pixels, np.zeros(images, bool))
 
     def decode(self, elements: int) -> None:
-        """Decodes some elements of every active slot."""
+        """Decodes some elements of every active slot, whose `output` is then known."""
         if not self.active.any():
             return
         if self._state is None:
             raise RuntimeError(LOST)
-        self._state = _decode_slots(*self._decode_arguments(self._state, elements))
-        self._fetch()
-
-    def _decode_arguments(self, state: mixed.MixedState, elements: int) -> tuple[Any, ...]:
-        """Returns the arguments of `_decode_slots`."""
-        return (
-            self._emu._graphdef,
-            self._emu._params,
-            state,
+        self._state = _decode_slots(
+            self._graphdef,
+            self._params,
+            self._state,
             self.active,
             self.static,
             self._dynamic(),
             self._seeds,
             np.int32(elements),
         )
-
-    def _fetch(self) -> None:
-        """Copies what `output` returns before the state is donated to the next program."""
-        assert self._state is not None
+        # Copies what `output` returns before the state is donated to the next program.
         names = ("tokens", "step", "count", "done")
         self._fetched = {name: to_host(getattr(self._state, name)) for name in names}
         self.active &= ~self._fetched["done"][:, 0] & (self._fetched["step"] < self.elements)
@@ -934,6 +929,15 @@ def _padded(column: Shaped[np.ndarray, "_ *A"], rows: int) -> Shaped[np.ndarray,
 # Axes of `mixed.DynamicMixedSettings` that stand for rows. `any_sampled` is one for all: a choice
 # that differed between rows would compute both sides.
 _DYNAMIC_AXES = mixed.DynamicMixedSettings(0, 0, 0, 0, 0, 0, None)  # type: ignore[arg-type]
+
+
+def _without_painter(emu: Emu) -> tuple[nnx.GraphDef, Variables]:
+    """Returns the model without what generates images. A call of a program takes longer the more
+    parameters it has."""
+    model = emu.model
+    model.unet = model.vae = None
+    graphdef, params = nnx.split(model)
+    return _HashedGraphDef.of(graphdef), [p.get_value() for p in nnx.to_flat_state(params).leaves]
 
 
 def _text_keys(seeds: UInt32[Array, "B"]) -> Key[Array, "B 1"]:
