@@ -28,7 +28,7 @@ def write_demo_report(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     held_out: Mapping[str, StageEvaluations] | None = None,
     captions: Sequence[tuple[ImageLike, str, bool]] = (),
-    drawings: UInt8[np.ndarray, "rows images Hh Ww 3"] | Sequence[Sequence[ImageLike]] = (),
+    drawings: UInt8[np.ndarray, "rows images ..."] | Sequence[Sequence[ImageLike]] = (),
     autoencodings: Sequence[tuple[ImageLike, ImageLike, bool]] = (),
     continuations: Sequence[tuple[Sequence[ImageLike], ImageLike, bool, str]] = (),
     config: Mapping[str, Any] | None = None,
@@ -96,7 +96,7 @@ def _captions(captions: Sequence[tuple[ImageLike, str, bool]]) -> str:
 
 
 def _drawings(
-    drawings: UInt8[np.ndarray, "rows images Hh Ww 3"] | Sequence[Sequence[ImageLike]],
+    drawings: UInt8[np.ndarray, "rows images ..."] | Sequence[Sequence[ImageLike]],
 ) -> str:
     if len(drawings) == 0:
         return ""
