@@ -124,7 +124,7 @@ def demo(parser: argparse.ArgumentParser) -> Command:
         from emu_jax.demo import demo
 
         args.json = True  # always print the figures: they are the result
-        return demo.run_demo(args.workdir, args.seed, args.validation, args.family)
+        return demo.run_demo(args.workdir, args.seed, args.validation, args.family).to_json()
 
     return run
 

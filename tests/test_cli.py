@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,12 +185,13 @@ def test_defects_are_not_passed_off_as_mistakes(run, tmp_path, config, monkeypat
 def test_demo_prints_its_figures_last(run, tmp_path, monkeypatch):
     def demo(workdir: Path, seed: int, validation: bool, family: str):
         print("something")
-        return {
+        figures = {
             "workdir": str(workdir),
             "seed": seed,
             "validation": validation,
             "family": family,
         }
+        return SimpleNamespace(to_json=lambda: figures)
 
     monkeypatch.setattr("emu_jax.demo.demo.run_demo", demo)
     status, out, err = run("demo")

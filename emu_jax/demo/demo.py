@@ -62,9 +62,46 @@ GENERATION = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoReport:
+    """The result of a demo: the content of `metrics.json`.
+
+    Attributes:
+        caption_accuracy: share of images whose caption names their digit.
+        drawn_accuracy: share of generated images in which the judge recognizes the digit.
+        autoencoded_accuracy: the same of images painted from features; None if the decoder does
+            not autoencode.
+        continuation_accuracy: share of sequences that continue with an image of the next digit.
+        judge_accuracy: of the judge, on real images.
+        scored_on: the split.
+        text_loss_first_last, regression_loss_first_last, embedding_variance_first_last,
+            embedding_rank_first_last: values at the first and the last logged step.
+        seconds: time of all calls that worked on the demo.
+        report: path of report.html.
+    """
+
+    caption_accuracy: float
+    drawn_accuracy: float
+    autoencoded_accuracy: float | None
+    continuation_accuracy: float
+    judge_accuracy: float
+    seed: int
+    scored_on: str
+    text_loss_first_last: list[float]
+    regression_loss_first_last: list[float]
+    embedding_variance_first_last: list[float]
+    embedding_rank_first_last: list[float]
+    seconds: float
+    report: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the keys of `metrics.json`. Leaves out what is None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
 def run_demo(
     workdir: Path, seed: int = 0, validation: bool = False, family: str = "emu"
-) -> dict[str, Any]:
+) -> DemoReport:
     """Trains the stages of a family and scores the result. Resumes an earlier call's work.
 
     Writes `report.html` and `metrics.json` into `workdir`, which is then a run directory for
@@ -95,27 +132,26 @@ def run_demo(
         judge = Judge(fit, emu.image_size)
         captions, caption_accuracy = _caption(emu, scored)
         drawings, drawn_accuracy = _draw(emu, judge, seed)
-        autoencodings, autoencoded = [], {}
+        autoencodings, autoencoded_accuracy = [], None
         if emu.cfg.autoencodes:
-            autoencodings, accuracy = _autoencode(emu, judge, scored, seed)
-            autoencoded = {"autoencoded_accuracy": accuracy}
+            autoencodings, autoencoded_accuracy = _autoencode(emu, judge, scored, seed)
         continuations, continuation_accuracy = _continue(emu, judge, workdir / "data", scored)
-        metrics = {
-            "caption_accuracy": caption_accuracy,
-            "drawn_accuracy": drawn_accuracy,
-            **autoencoded,
-            "continuation_accuracy": continuation_accuracy,
-            "judge_accuracy": judge.accuracy(scored),
-            "seed": seed,
-            "scored_on": scored,
+        report = DemoReport(
+            caption_accuracy=caption_accuracy,
+            drawn_accuracy=drawn_accuracy,
+            autoencoded_accuracy=autoencoded_accuracy,
+            continuation_accuracy=continuation_accuracy,
+            judge_accuracy=judge.accuracy(scored),
+            seed=seed,
+            scored_on=scored,
             **_training_figures(directories[MAIN_STAGE[family]], MAIN_STAGE[family]),
-            "seconds": round(clock.seconds(), 1),
-            "report": str(workdir / "report.html"),
-        }
+            seconds=round(clock.seconds(), 1),
+            report=str(workdir / "report.html"),
+        )
         write_demo_report(
             workdir / "report.html",
             title=f"{family.capitalize()} on handwritten digits",
-            figures={k: v for k, v in metrics.items() if k != "report"},
+            figures={k: v for k, v in report.to_json().items() if k != "report"},
             curves={name: read_metrics(path)[name] for name, path in directories.items()},
             held_out={name: read_evaluations(path, name) for name, path in directories.items()},
             captions=captions,
@@ -125,8 +161,8 @@ def run_demo(
             config={n: json.loads((d / "train.json").read_text()) for n, d in directories.items()},
             versions=_versions(),
         )
-        _write_json(workdir / "metrics.json", metrics)
-    return metrics
+        _write_json(workdir / "metrics.json", report.to_json())
+    return report
 
 
 class _Clock:
