@@ -66,7 +66,7 @@ def test_a_store_s_path_is_a_path():
     assert as_path("runs/x") == Path("runs/x") and type(as_path("runs/x")) is type(Path())
     for text, problem in (
         ("ftp://b/x", "ftp:// is not supported"),
-        ("hf://a/b", "not supported .* emu-jax convert hf://a/b DST, or use a local path"),
+        ("hf://a/b", "not supported .* emu-jax convert hf://a/b DST, .*, or use a local path"),
         ("s3://", "names no bucket"),
     ):
         with pytest.raises(UserError, match=problem):
