@@ -214,11 +214,11 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_train
 from PIL import Image
-from emu_jax.train import loop
+from emu_jax.train import loop, run
 from emu_jax.train.config import EvalConfig
 from emu_jax.train.telemetry.tracker import Trackers
 
-opened = loop.open_trackers
+opened = run.open_trackers
 
 class Drawing(Trackers):
     def metrics(self, step, values, evaluation=""):
@@ -228,7 +228,7 @@ class Drawing(Trackers):
         elif step == {kill}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-loop.open_trackers = lambda *args: Drawing([opened(*args)])
+run.open_trackers = lambda *args: Drawing([opened(*args)])
 evaluations = (EvalConfig("heldout", every=2, batches=1),)
 cfg = test_train.small("clip", {root!r}, steps={steps}, tracker="wandb", eval=evaluations)
 loop.train(cfg, Path({workdir!r}))
