@@ -79,7 +79,7 @@ plan-table: .venv/.installed-dev
 	$(BIN)/emu-jax plan --config configs/emu_14b.py --sweep --out runs/plan --page docs/scaling.md \
 	  --topology v5e:16x16,v5p:4x4x8,v6e:16x16,tpu7x:4x4x8
 	$(BIN)/emu-jax plan --config configs/emu2_37b.py --sweep --out runs/plan_emu2 --page docs/scaling.md \
-	  --topology v5p:4x4x8,v6e:16x16 --policies full --rows 4,2 --scaling none
+	  --topology v5p:4x4x8,v6e:16x16 --policies full --rows 4,2 --scaling weak
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache build dist site

@@ -52,10 +52,10 @@ def run(workdir: str, seed: int, steps: int) -> None:
     if steps:
         whole = demo._stage
 
-        def short(*args: Any) -> Any:
+        def short(*args: Any, last: bool) -> Any:
             every = max(1, steps // 3)
             return dataclasses.replace(
-                whole(*args), steps=steps, log_every=every, checkpoint_every=every
+                whole(*args, last=last), steps=steps, log_every=every, checkpoint_every=every
             )
 
         demo._stage, demo.DRAWINGS, demo.SEQUENCES = short, 1, demo.SHOWN
