@@ -235,8 +235,6 @@ def test_what_does_not_fit_is_named_at_once(data_root, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (problem,) = dry_run(small("text", data_root, tracker="wandb"), tmp_path).problems
     assert problem.startswith("tracker 'wandb' is not installed")
-    (problem,) = dry_run(small("texts", data_root), tmp_path).problems
-    assert problem == "unknown objective 'texts'; did you mean 'text'?"
 
 
 def test_a_run_that_would_resume(data_root, tmp_path, monkeypatch):

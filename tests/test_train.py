@@ -23,6 +23,7 @@ from emu_jax.errors import UserError
 from emu_jax.sharding import batch_sharding, make_mesh
 from emu_jax.tokenizer import Tokenizer
 from emu_jax.train.config import (
+    OBJECTIVE_TRAITS,
     EvalConfig,
     GroupConfig,
     MeshConfig,
@@ -32,12 +33,11 @@ from emu_jax.train.config import (
 )
 from emu_jax.train.config_file import load_config
 from emu_jax.train.loop import train
-from emu_jax.train.objectives import OBJECTIVES, get_objective
 from emu_jax.train.optimizer import make_optimizer
 from emu_jax.train.step import Trainer
 from emu_jax.train.telemetry.metrics import read_metrics
 
-DECODERS = [name for name, kind in OBJECTIVES.items() if kind.trains_unet]
+DECODERS = [name for name, traits in OBJECTIVE_TRAITS.items() if traits.trains_unet]
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = {
     "data": (8, 1, 1),
@@ -260,7 +260,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, parts, data_ro
 
 def test_what_compares_rows_is_not_cut_into_parts(data_root, tmp_path):
     with pytest.raises(UserError, match="set accumulate to 1"):
-        get_objective(small("clip", data_root, accumulate=2))
+        small("clip", data_root, accumulate=2)
     with pytest.raises(UserError, match="make it a multiple of 24"):
         train(small("emu", data_root, accumulate=3), tmp_path)
 

@@ -46,7 +46,7 @@ from emu_jax.sharding import (
 )
 from emu_jax.train import objectives, precompute
 from emu_jax.train.checkpoints import Checkpoints
-from emu_jax.train.config import GroupConfig, OptimizerConfig, TrainConfig
+from emu_jax.train.config import OBJECTIVE_TRAITS, GroupConfig, OptimizerConfig, TrainConfig
 from emu_jax.train.loop import train
 from emu_jax.train.optimizer import make_optimizer, schedule
 from emu_jax.train.step import Trainer
@@ -354,6 +354,14 @@ def test_a_run_is_a_page_of_numpy(toy, tmp_path, capsys):
     for path, value in child.items():
         inherited = path in average and path.startswith("llama.")
         assert np.array_equal(value, average.get(path)) == inherited, path
+
+
+def test_traits_are_those_of_the_objectives():
+    kinds = objectives.OBJECTIVES
+    assert kinds.keys() == OBJECTIVE_TRAITS.keys()
+    for name, traits in OBJECTIVE_TRAITS.items():
+        assert bool(traits.matmul_towers) == bool(kinds[name].row_lengths), name
+        assert traits.trains_unet == issubclass(kinds[name], objectives.DecoderObjective), name
 
 
 def test_a_data_position_of_another_step_is_refused(toy, tmp_path):

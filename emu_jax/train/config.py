@@ -112,6 +112,25 @@ def _check_range(
 
 
 @dataclasses.dataclass(frozen=True)
+class ObjectiveTraits:
+    """The settings that an objective supports. `train.objectives` has its module and its loss."""
+
+    matmul_towers: tuple[str, ...] = ()  # whose matmuls `matmul_dtype` may compute in 8 bits
+    compares_rows: bool = False  # the loss compares all rows of a batch, which must then be whole
+    trains_unet: bool = False  # such a run may read `latents`
+
+
+OBJECTIVE_TRAITS = {
+    "emu": ObjectiveTraits(matmul_towers=("visual", "llama")),
+    "text": ObjectiveTraits(matmul_towers=("llama",)),
+    "clip": ObjectiveTraits(compares_rows=True),
+    "vae": ObjectiveTraits(),
+    "decoder": ObjectiveTraits(trains_unet=True),
+    "painter": ObjectiveTraits(trains_unet=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupConfig:
     """Parameters whose dotted path matches `pattern` (`re.search`; the first group wins)."""
 
@@ -342,12 +361,16 @@ class TrainConfig:
     max_bad_steps: int = 20  # consecutive non-finite steps before training stops
 
     def __post_init__(self) -> None:
-        """Checks the settings that need neither devices nor data. `train.objectives.Objective`
-        checks those that depend on the objective.
+        """Checks the settings that need neither devices nor data.
 
         Raises:
-            UserError: a setting is out of range, or a name is unknown.
+            UserError: a setting is out of range, a name is unknown, or the objective does not
+                support a setting.
         """
+        if self.objective not in OBJECTIVE_TRAITS:
+            raise UserError(
+                f"unknown objective {self.objective!r}{suggest(self.objective, OBJECTIVE_TRAITS)}"
+            )
         for tower, policy in dataclasses.asdict(self.remat).items():
             if policy not in REMAT:
                 raise UserError(f"unknown remat.{tower} {policy!r}{suggest(policy, REMAT)}")
@@ -372,23 +395,47 @@ class TrainConfig:
         for name in _AT_LEAST_ZERO:
             _check_range(self, name, 0)
         _check_range(self, "ema_decay", 0.0, below=1.0)
+        if self.accumulate > 1 and self.traits.compares_rows:
+            raise UserError(
+                f"the objective {self.objective!r} compares all rows of a batch with each other: "
+                "set accumulate to 1"
+            )
+        if self.latents and not self.traits.trains_unet:
+            raise UserError(f"the objective {self.objective!r} reads no latents: remove latents")
         parse_steps(self.profile_steps)
         names = [evaluation.name for evaluation in self.eval]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two evaluations are called {twice[0]!r}: give one another name")
         self._check_best()
 
+    @property
+    def traits(self) -> ObjectiveTraits:
+        """The settings that the objective supports."""
+        return OBJECTIVE_TRAITS[self.objective]
+
     def _check_matmul_dtype(self) -> None:
-        """Checks that the dtypes of matmuls are known, and that no matrix is stored in 8 bits.
+        """Checks that the matmuls of each tower can be computed in their dtype.
 
         Raises:
-            UserError: one is unknown, or the config quantizes matrices.
+            UserError: a dtype is unknown, or the config does not support it.
         """
+        towers = self.traits.matmul_towers
         chosen = {t: d for t, d in dataclasses.asdict(self.matmul_dtype).items() if d}
         for tower, dtype in chosen.items():
             name = f"matmul_dtype.{tower} {dtype!r}"
             if dtype not in MATMUL_DTYPES:
                 raise UserError(f"unknown {name}{suggest(dtype, MATMUL_DTYPES)}")
+            if not towers:
+                able = [key for key, traits in OBJECTIVE_TRAITS.items() if traits.matmul_towers]
+                raise UserError(
+                    f"{name} is for the objectives {' and '.join(able)}, not {self.objective}: "
+                    "leave it out"
+                )
+            if tower not in towers:
+                raise UserError(
+                    f"{name} with the objective {self.objective!r}, which has no tower "
+                    f"{tower!r}: leave it out"
+                )
             if self.quantize:
                 raise UserError(
                     f"{name} with quantize={self.quantize!r}: the matrices are stored in 8 bits "

@@ -21,7 +21,7 @@ from emu_jax.data import digits
 from emu_jax.data.batches import ArrayShapes
 from emu_jax.data.latents import LatentBatches, latent_shapes
 from emu_jax.data.pipeline import Batches, Kind, batch_shapes
-from emu_jax.errors import UserError, suggest
+from emu_jax.errors import UserError
 from emu_jax.models.backend import kernels
 from emu_jax.models.clip import CLIP
 from emu_jax.models.emu import EmuModel
@@ -58,16 +58,14 @@ class UNetOnly(nnx.Module):
 class Objective(ABC):
     """The module, the data and the loss of a stage.
 
-    The loss is a mean over rows, or over targets in rows, unless it `compares_rows`. It equals the
-    mean of the losses of equal parts of a batch that divide by `targets`.
+    The loss is a mean over rows, or over targets in rows, unless it compares all rows
+    (`train.config.ObjectiveTraits`). It equals the mean of the losses of equal parts of a batch
+    that divide by `targets`.
 
     Attributes:
         batch_kind: the kind of batches that the data pipeline yields.
         row_lengths: settings of the data that are lengths of a row: of its tokens and images.
             Empty if the objective reads no rows.
-        matmul_towers: towers whose matmuls `TrainConfig.matmul_dtype` may compute in 8 bits.
-        compares_rows: whether the loss compares all rows of a batch, which must then be whole.
-        trains_unet: whether the denoiser is trained. Such a run may read `TrainConfig.latents`.
         reads_targets: whether batches hold images at the autoencoder's size.
         has_all_towers: whether the module has every tower that the run's model needs. If not, the
             other towers stay in the parents' run directories.
@@ -78,33 +76,11 @@ class Objective(ABC):
 
     batch_kind: Kind
     row_lengths: ClassVar[tuple[str, ...]] = ()
-    matmul_towers: ClassVar[tuple[str, ...]] = ()
-    compares_rows = False
-    trains_unet = False
     reads_targets = False
     has_all_towers = True
 
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
-        if cfg.accumulate > 1 and self.compares_rows:
-            raise UserError(
-                f"the objective {cfg.objective!r} compares all rows of a batch with each other: "
-                "set accumulate to 1"
-            )
-        for tower, dtype in dataclasses.asdict(cfg.matmul_dtype).items():
-            if not dtype or tower in self.matmul_towers:
-                continue
-            setting = f"matmul_dtype.{tower} {dtype!r}"
-            if self.matmul_towers:
-                raise UserError(
-                    f"{setting} with the objective {cfg.objective!r}, which has no tower "
-                    f"{tower!r}: leave it out"
-                )
-            able = [name for name, kind in OBJECTIVES.items() if kind.matmul_towers]
-            raise UserError(
-                f"{setting} is for the objectives {' and '.join(able)}, not {cfg.objective}: "
-                "leave it out"
-            )
 
     @abstractmethod
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -233,7 +209,6 @@ class EmuObjective(Objective):
 
     batch_kind = "rows"
     row_lengths = ("row_tokens", "row_images")
-    matmul_towers = ("visual", "llama")
 
     def build(self, rngs: nnx.Rngs) -> EmuModel:
         cfg = self.cfg
@@ -321,7 +296,6 @@ class TextObjective(Objective):
 
     batch_kind = "rows"
     row_lengths = ("row_tokens",)
-    matmul_towers = ("llama",)
 
     def build(self, rngs: nnx.Rngs) -> LanguageModel:
         return LanguageModel(self.cfg, rngs)
@@ -568,7 +542,6 @@ class ClipObjective(Objective):
     (Radford et al. 2021). Images whose captions are equal are positives of each other."""
 
     batch_kind = "captions"
-    compares_rows = True
 
     def build(self, rngs: nnx.Rngs) -> CLIP:
         return CLIP(self.cfg.model, remat=self.cfg.remat.visual, rngs=rngs)
@@ -713,7 +686,6 @@ class DecoderObjective(Objective):
     """
 
     batch_kind = "contexts"
-    trains_unet = True
     reads_targets = True
 
     def __init__(self, cfg: TrainConfig) -> None:
@@ -920,19 +892,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def objective_class(cfg: TrainConfig) -> type[Objective]:
-    """Returns the class of a run's objective.
-
-    Raises:
-        UserError: the objective is unknown, or reads no latents.
-    """
-    if cfg.objective not in OBJECTIVES:
-        raise UserError(f"unknown objective {cfg.objective!r}{suggest(cfg.objective, OBJECTIVES)}")
-    objective = OBJECTIVES[cfg.objective]
-    if not cfg.latents:
-        return objective
-    if not objective.trains_unet:
-        raise UserError(f"the objective {cfg.objective!r} reads no latents: remove latents")
-    return LatentDecoderObjective
+    """Returns the class of a run's objective."""
+    return LatentDecoderObjective if cfg.latents else OBJECTIVES[cfg.objective]
 
 
 def get_objective(cfg: TrainConfig) -> Objective:

@@ -29,7 +29,7 @@ from emu_jax.progress import ProgressBar
 from emu_jax.sharding import batch_sharding, row_shares
 from emu_jax.train.config import TrainConfig, without_paths
 from emu_jax.train.distributed import global_batch, global_state, initialize_distributed
-from emu_jax.train.objectives import Batch, DecoderObjective, objective_class
+from emu_jax.train.objectives import Batch, DecoderObjective
 from emu_jax.train.step import ModelParams, Trainer, mesh_for
 from emu_jax.train.warm_start import WarmStart
 
@@ -88,7 +88,7 @@ def precompute(cfg: TrainConfig, folder: Path, rows: int) -> PrecomputeReport:
         UserError: `cfg` does not train a decoder from a pretrained model, its data cannot be read,
             or `folder` is complete or was written with another config.
     """
-    if cfg.latents or not objective_class(cfg).trains_unet:
+    if cfg.latents or not cfg.traits.trains_unet:
         raise UserError("precompute needs the config of a decoder (objective) without latents")
     if rows < 1:
         raise UserError(f"{rows} rows: give at least 1")

@@ -19,7 +19,6 @@ from emu_jax.models.quantized import Parameter, QuantizedMatrix
 from emu_jax.storage import StorePath, as_path, files, join, local_copy, write_text, writing
 from emu_jax.tokenizer import Tokenizer, added_tokens
 from emu_jax.train.config import TrainConfig
-from emu_jax.train.objectives import objective_class
 
 _Shapes = dict[str, jax.ShapeDtypeStruct]
 Quantizers = Mapping[str, Callable[[jax.Array], QuantizedMatrix]]  # by path
@@ -194,7 +193,7 @@ def _from_run(cfg: TrainConfig, workdir: Path) -> TrainConfig:
         model = dataclasses.replace(model, **{key: getattr(parent_model, key) for key in keys})
     towers = model.towers
     # Otherwise this run's module has no image decoder.
-    if not objective_class(cfg).trains_unet and cfg.save_frozen:
+    if not cfg.traits.trains_unet and cfg.save_frozen:
         towers = model.language_towers
     parents = {tower: str(parent) for tower in towers} | cfg.parents
     return dataclasses.replace(cfg, model=model, parents=parents)
