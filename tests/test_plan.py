@@ -607,6 +607,32 @@ INNER = """
   %bits = f32[32,8]{1,0} bitcast(%put)
   ROOT %both = (f32[32,8]{1,0}, f32[4,8]{1,0}) tuple(%bits, %twice)
 }
+
+%relaid (p0: f32[32,8]) -> f32[32,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  ROOT %other = f32[32,8]{0,1} copy(%p0)
+}
+
+%cut_relaid (p0: f32[32,8]) -> f32[4,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  %view = f32[32,8]{0,1} fusion(%p0), kind=kLoop, calls=%relaid
+  ROOT %cut = f32[4,8]{1,0} slice(%view), slice={[0:4], [0:8]}
+}
+
+%update_relaid (p0: f32[32,8], p1: f32[4,8]) -> f32[32,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  %p1 = f32[4,8]{1,0} parameter(1)
+  %view = f32[32,8]{0,1} fusion(%p0), kind=kLoop, calls=%relaid
+  %put = f32[32,8]{0,1} dynamic-update-slice(%view, %p1)
+  ROOT %back = f32[32,8]{1,0} copy(%put)
+}
+
+%add_relaid (p0: f32[32,8], p1: f32[32,8]) -> f32[32,8] {
+  %p0 = f32[32,8]{1,0} parameter(0)
+  %p1 = f32[32,8]{1,0} parameter(1)
+  %view = f32[32,8]{0,1} fusion(%p1), kind=kLoop, calls=%relaid
+  ROOT %sum = f32[32,8]{1,0} add(%p0, %view)
+}
 """
 BOARD, PART = "f32[32,8]{1,0}", "f32[4,8]{1,0}"
 
@@ -621,6 +647,11 @@ BOARD, PART = "f32[32,8]{1,0}", "f32[4,8]{1,0}"
         ("f32[20,8]{1,0}", "often", (BOARD,), 1024 + 640),
         # An array that is updated in place is neither read nor written but for the update.
         (f"({BOARD}, {PART})", "update", (BOARD, PART), 128 + 2 * 128),
+        # Another layout inside a fusion is not stored: only the part of it that is used is read.
+        (PART, "cut_relaid", (BOARD,), 2 * 128),
+        (BOARD, "update_relaid", (BOARD, PART), 2 * 128),
+        (BOARD, "add_relaid", (BOARD, BOARD), 3 * 1024),
+        (BOARD, "relaid", (BOARD,), 2 * 1024),
     ],
 )
 def test_bytes_of_one_fusion(result, called, parameters, moved):
