@@ -434,7 +434,7 @@ class _InstructionCounter:
         return total
 
     def is_view(self, instruction: Instruction) -> bool:
-        """Whether an instruction inside a fusion passes on all of its operand.
+        """Returns whether an instruction inside a fusion passes on all of its operand.
 
         A fusion stores nothing in between, so a copy there only names another layout. On tpu7x the
         compiler wraps such copies in fusions of their own.
