@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import emu_jax
 from emu_jax.errors import UserError, suggest
-from emu_jax.hub import HubAddress, is_hub, local_path
+from emu_jax.hub import HubAddress, is_hub, local_copy
 from emu_jax.storage import as_path, is_remote
 
 if TYPE_CHECKING:
@@ -509,7 +509,8 @@ def verify(parser: argparse.ArgumentParser) -> Command:
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.verify import verdict_summary, verdict_table, verify
 
-        family, rows = verify(local_path(args.checkpoint), args.golden)
+        with local_copy(args.checkpoint) as checkpoint:
+            family, rows = verify(checkpoint, args.golden)
         result = verdict_summary(family, rows)
         print(verdict_table(rows))
         if not args.json:
@@ -624,8 +625,8 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
             fid=FidOptions(args.inception, args.reference, args.resize),
             similarity=SimilarityOptions(args.clip, args.dino),
         )
-        checkpoint = local_path(args.checkpoint)
-        result = evaluate(checkpoint, args.task, args.data, args.out, options)
+        with local_copy(args.checkpoint) as checkpoint:
+            result = evaluate(checkpoint, args.task, args.data, args.out, options)
         if not args.json:
             for name, value in (result.scores or {}).items():
                 print(f"{name}: {value:.2f}")
@@ -1015,20 +1016,20 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             drain_seconds=args.drain,
         )
         keys = _api_keys(args.api_keys)
-        checkpoint = local_path(args.checkpoint)
-        serve(
-            checkpoint,
-            args.host,
-            args.port,
-            limits,
-            args.allow_host,
-            slots=args.slots,
-            image_slots=args.image_slots,
-            keys=keys,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            warm_up=not args.no_warm_up,
-        )
+        with local_copy(args.checkpoint) as checkpoint:
+            serve(
+                checkpoint,
+                args.host,
+                args.port,
+                limits,
+                args.allow_host,
+                slots=args.slots,
+                image_slots=args.image_slots,
+                keys=keys,
+                dtype=args.dtype,
+                quantize=args.quantize,
+                warm_up=not args.no_warm_up,
+            )
         return {}
 
     return run

@@ -95,13 +95,37 @@ def is_hub(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Returns where a path can be read: an address on the Hub is downloaded first.
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields where a path can be read: an address on the Hub is downloaded first, and errors name
+    it in place of its copy in the cache.
 
     Raises:
         UserError: as `download_snapshot`, or the path is in a store that is not supported.
     """
-    return download_snapshot(os.fspath(path))[0] if is_hub(path) else as_path(path)
+    if not is_hub(path):
+        yield as_path(path)
+        return
+    copy, source = download_snapshot(os.fspath(path))
+    with naming_addresses({copy: source}):
+        yield copy
+
+
+@contextlib.contextmanager
+def naming_addresses(copies: Mapping[Path, HubSource]) -> Iterator[None]:
+    """Makes errors name the addresses that were asked for, in place of their copies in the cache.
+
+    Args:
+        copies: the provenance of each downloaded folder or file.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for copy, source in copies.items():
+            message = message.replace(str(copy), source.requested)
+        error.args = (message,)
+        raise
 
 
 def download_snapshot(text: str, folders: Iterable[str] = ()) -> tuple[Path, HubSource]:

@@ -206,9 +206,12 @@ def test_load_from_a_cache_folder_offline(offline, monkeypatch, run, run_paramet
     monkeypatch.setattr(api, "Emu", lambda model, tokenizer, **_: seen.append((model, tokenizer)))
     emu_jax.load("hf://org/tiny@" + "c" * 40)
     snapshot = offline / "models--org--tiny" / "snapshots" / ("c" * 40)
-    assert hub.local_path("hf://org/tiny") == snapshot
+    with hub.local_copy("hf://org/tiny") as copy:
+        assert copy == snapshot
     with pytest.raises(UserError, match="has no absent; see .*/tree/main"):
         emu_jax.load("hf://org/tiny/absent")
+    with pytest.raises(UserError, match="is hf://org/tiny/tokenizer a checkpoint"):
+        emu_jax.load("hf://org/tiny/tokenizer")
     ((model, tokenizer),) = seen
     assert len(tokenizer) == model.cfg.llama.vocab_size
     kernel = run_parameters["llama.lm_head.kernel"]
@@ -333,13 +336,20 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
         "hf://org/none": "it does not exist or is private: check the name",
         "hf://org/open@v9": "it has no revision 'v9'",
         "hf://org/open/sub": "the repository org/open has no sub",
-        "hf://org/open": "is neither a release",
+        "hf://org/open": "error: hf://org/open is neither a release",
         "hf://org/empty": "the repository org/empty has no files",
         "hf://org": "not an address on the Hub: write hf://ORG/NAME",
         "https://huggingface.co/org/open": "write hf://org/open, or use a local path",
     }
     dst = tmp_path / "dst"
     commands = {message: ["convert", text, str(dst)] for text, message in cases.items()}
+    commands["is hf://org/open a checkpoint"] = [
+        *("serve", "--no-warm-up", "--checkpoint", "hf://org/open")
+    ]
+    commands["hf://org/open has no tokenizer.json"] = [
+        *("init", str(dst), "--llama", "hf://org/open"),
+        *("--eva-clip", "hf://org/open", "--sd", "hf://org/open"),
+    ]
     commands["access is denied (403): log in"] = ["push", str(run), "hf://org/shared"]
     commands["with a token that may write"] = ["push", str(run), "hf://others/x"]
     commands["names a revision: push to the repository"] = ["push", str(run), "hf://me/x@v1"]

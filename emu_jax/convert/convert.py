@@ -47,7 +47,7 @@ from emu_jax.convert.tensors import finishing
 from emu_jax.convert.torch_format import TORCH_SUFFIXES
 from emu_jax.errors import UserError
 from emu_jax.host_memory import PeakMemory
-from emu_jax.hub import download_snapshot, is_hub, record_sources
+from emu_jax.hub import download_snapshot, is_hub, naming_addresses, record_sources
 from emu_jax.models import quantized
 from emu_jax.models.quantized import Quantization, check_quantization, is_quantized
 from emu_jax.sharding import make_mesh
@@ -136,11 +136,16 @@ def convert(
     if is_hub(src):
         src, origins["model"] = download_snapshot(str(src))
     src, dst = as_path(src), as_path(dst)
+    copies = {Path(src): source for source in origins.values()}
     if to == "jax":
         integrity.check_path(dst)
     sources = [src, *(as_path(p) for p in (base, model_config, tokenizer) if p)]
     single_file = to == "emu" and export.is_single_file(dst)
-    with measured() as usage, replacing(dst, overwrite, sources, single_file) as temporary:
+    with (
+        naming_addresses(copies),
+        measured() as usage,
+        replacing(dst, overwrite, sources, single_file) as temporary,
+    ):
         source = open_model_source(
             src,
             mesh or make_mesh(),

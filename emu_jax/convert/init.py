@@ -58,7 +58,13 @@ from emu_jax.convert.source import (
 from emu_jax.convert.tables import KeyStyle, TableRow
 from emu_jax.convert.tensors import Shape, Tensor
 from emu_jax.errors import UserError
-from emu_jax.hub import HubSource, download_snapshot, is_hub, record_sources
+from emu_jax.hub import (
+    HubSource,
+    download_snapshot,
+    is_hub,
+    naming_addresses,
+    record_sources,
+)
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import bicubic_weights
 from emu_jax.models.layers import lecun
@@ -133,8 +139,14 @@ def init(
         eva_clip, origins["eva_clip"] = download_snapshot(str(eva_clip))
     if is_hub(sd):
         sd, origins["sd"] = download_snapshot(str(sd), folders=(*DECODER, *_CARRIED))
+    parents = {"llama": llama, "eva_clip": eva_clip, "sd": sd}
+    copies = {Path(parents[role]): source for role, source in origins.items()}
     sources = [Path(p) for p in (llama, eva_clip, sd, model_config, tokenizer) if p]
-    with measured() as usage, replacing(dst, overwrite, sources) as temporary:
+    with (
+        naming_addresses(copies),
+        measured() as usage,
+        replacing(dst, overwrite, sources) as temporary,
+    ):
         source = FreshSource.open(
             Path(llama),
             Path(eva_clip),

@@ -74,7 +74,7 @@ from emu_jax.generate.settings import (
     bucket,
     check_seed,
 )
-from emu_jax.hub import local_path
+from emu_jax.hub import local_copy
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.quantized import Quantization, QuantizedMatrix, check_quantization
@@ -121,36 +121,36 @@ def load(
             it has a safety checker and torch is missing.
     """
     check_quantization(quantize)
-    directory = local_path(directory)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    if is_release(directory):
-        model, tokenizer = load_release(directory, mesh, dtype, quantize)
-        defaults = GenerationConfig.of(model.cfg)
-    else:
-        cfg = checkpoint.load_model_config(directory)
-        check_heads(directory, cfg)
-        tokenizer = checkpoint.load_tokenizer(directory)
-        defaults = GenerationConfig.of(cfg)
-        if (directory / "generation.json").is_file():
-            defaults = GenerationConfig.load(directory / "generation.json", defaults)
-        towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(directory)))
+    with local_copy(directory) as path:
+        if is_release(path):
+            model, tokenizer = load_release(path, mesh, dtype, quantize)
+            defaults = GenerationConfig.of(model.cfg)
+        else:
+            cfg = checkpoint.load_model_config(path)
+            check_heads(path, cfg)
+            tokenizer = checkpoint.load_tokenizer(path)
+            defaults = GenerationConfig.of(cfg)
+            if (path / "generation.json").is_file():
+                defaults = GenerationConfig.load(path / "generation.json", defaults)
+            towers = set(map(checkpoint.tower_of, checkpoint.run_shapes(path)))
 
-        def build() -> EmuModel:
-            return EmuModel(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
+            def build() -> EmuModel:
+                return EmuModel(cfg, painter={"unet", "vae"} <= towers, rngs=nnx.Rngs(0))
 
-        model = checkpoint.load_module(directory, build, mesh, jnp.dtype(dtype), quantize)
-        assert isinstance(model, EmuModel)
-    return Emu(
-        model,
-        tokenizer,
-        defaults=defaults,
-        safety=find_checker(directory) if _paints(model) else None,
-        mesh=mesh,
-        dtype=dtype,
-        batch_size=batch_size,
-        shapes=shapes,
-    )
+            model = checkpoint.load_module(path, build, mesh, jnp.dtype(dtype), quantize)
+            assert isinstance(model, EmuModel)
+        return Emu(
+            model,
+            tokenizer,
+            defaults=defaults,
+            safety=find_checker(path) if _paints(model) else None,
+            mesh=mesh,
+            dtype=dtype,
+            batch_size=batch_size,
+            shapes=shapes,
+        )
 
 
 class Emu:
