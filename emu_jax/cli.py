@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import emu_jax
 from emu_jax.errors import UserError, suggest
-from emu_jax.hub import HubAddress, is_hub, local_copy
+from emu_jax.hub import HubAddress, downloaded, is_hub
 from emu_jax.storage import as_path, is_remote
 
 if TYPE_CHECKING:
@@ -509,7 +509,7 @@ def verify(parser: argparse.ArgumentParser) -> Command:
     def run(args: argparse.Namespace) -> dict[str, Any]:
         from emu_jax.verify import verdict_summary, verdict_table, verify
 
-        with local_copy(args.checkpoint) as checkpoint:
+        with downloaded(args.checkpoint) as checkpoint:
             family, rows = verify(checkpoint, args.golden)
         result = verdict_summary(family, rows)
         print(verdict_table(rows))
@@ -625,7 +625,7 @@ def eval_(parser: argparse.ArgumentParser) -> Command:
             fid=FidOptions(args.inception, args.reference, args.resize),
             similarity=SimilarityOptions(args.clip, args.dino),
         )
-        with local_copy(args.checkpoint) as checkpoint:
+        with downloaded(args.checkpoint) as checkpoint:
             result = evaluate(checkpoint, args.task, args.data, args.out, options)
         if not args.json:
             for name, value in (result.scores or {}).items():
@@ -1016,7 +1016,7 @@ def serve(parser: argparse.ArgumentParser) -> Command:
             drain_seconds=args.drain,
         )
         keys = _api_keys(args.api_keys)
-        with local_copy(args.checkpoint) as checkpoint:
+        with downloaded(args.checkpoint) as checkpoint:
             serve(
                 checkpoint,
                 args.host,

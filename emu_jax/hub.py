@@ -96,7 +96,7 @@ def is_hub(path: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def local_copy(path: str | os.PathLike[str]) -> Iterator[Path]:
+def downloaded(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields where a path can be read: an address on the Hub is downloaded first, and errors name
     it in place of its copy in the cache.
 

@@ -206,7 +206,7 @@ def test_load_from_a_cache_folder_offline(offline, monkeypatch, run, run_paramet
     monkeypatch.setattr(api, "Emu", lambda model, tokenizer, **_: seen.append((model, tokenizer)))
     emu_jax.load("hf://org/tiny@" + "c" * 40)
     snapshot = offline / "models--org--tiny" / "snapshots" / ("c" * 40)
-    with hub.local_copy("hf://org/tiny") as copy:
+    with hub.downloaded("hf://org/tiny") as copy:
         assert copy == snapshot
     with pytest.raises(UserError, match="has no absent; see .*/tree/main"):
         emu_jax.load("hf://org/tiny/absent")

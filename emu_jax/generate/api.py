@@ -74,7 +74,7 @@ from emu_jax.generate.settings import (
     bucket,
     check_seed,
 )
-from emu_jax.hub import local_copy
+from emu_jax.hub import downloaded
 from emu_jax.models.emu import EmuModel
 from emu_jax.models.eva_clip import normalize_images
 from emu_jax.models.quantized import Quantization, QuantizedMatrix, check_quantization
@@ -123,7 +123,7 @@ def load(
     check_quantization(quantize)
     if mesh is None:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    with local_copy(directory) as path:
+    with downloaded(directory) as path:
         if is_release(path):
             model, tokenizer = load_release(path, mesh, dtype, quantize)
             defaults = GenerationConfig.of(model.cfg)
