@@ -344,7 +344,7 @@ def test_each_failure_is_one_line(server, release, run, tmp_path, capsys, monkey
     dst = tmp_path / "dst"
     commands = {message: ["convert", text, str(dst)] for text, message in cases.items()}
     commands["is hf://org/open a checkpoint"] = [
-        *("serve", "--no-warm-up", "--checkpoint", "hf://org/open")
+        *("serve", "--port", "0", "--checkpoint", "hf://org/open")
     ]
     commands["hf://org/open has no tokenizer.json"] = [
         *("init", str(dst), "--llama", "hf://org/open"),
