@@ -106,7 +106,8 @@ class Engine:
 
     `stream` and `generate_image` return iterators that yield None while they wait. `step` then
     prefills the prompts of those that began, decodes a few tokens of each, and denoises a few steps
-    of each image. Nothing here may be called from two threads at a time.
+    of each image. Nothing here may be called from two threads at a time, except `stream`, which
+    prepares a prompt beside them.
 
     Args:
         emu: the model. Its `shapes` and `batch_size` bound the programs that are compiled.
@@ -224,7 +225,11 @@ class Engine:
         stops: Sequence[str] = (),
         **settings: Unpack[MixedSettings],
     ) -> Generator[EnginePart, None, None]:
-        """Yields the parts of `Emu.stream`, None while it waits, and `Usage` at the end.
+        """Prepares a prompt. Returns an iterator over the parts of `Emu.stream`, None while it
+        waits, and `Usage` at the end.
+
+        Any thread may call this while another one uses the engine, which need not wait until the
+        prompt is prepared. The iterator belongs to the thread of the engine.
 
         Args:
             previews: whether to yield a `Preview` every few steps of an image too. There are none
@@ -238,21 +243,31 @@ class Engine:
         emu, cfg = self.emu, self.defaults.replace(**settings)
         rows = emu._prompts([prompt], cfg.max_new_tokens, cfg)
         static, room = emu._static_mixed(cfg, rows)
-        ids, largest = self.cfg.tokens, self._text.static
-        last, length = int(rows[0].tokens[-1]), len(rows[0].tokens)
+        largest, length = self._text.static, len(rows[0].tokens)
         more = cfg.max_new_tokens + int(room[0]) * (self.cfg.n_embeddings + 1)
         if (
             static.text_length > largest.text_length
             or static.max_images > largest.max_images
             or not self._text.fits(length, more)
         ):
-            yield from self._stream_alone(prompt, length, cfg, settings, stops)
-            return
-        text = ""
-        progress = _StreamProgress(self.tokenizer, ids, last=last)
+            return self._stream_alone(prompt, length, cfg, settings, stops)
+        return self._stream_in_slot(rows[0], int(room[0]), cfg, stops, previews=previews)
+
+    def _stream_in_slot(
+        self,
+        prompt: Prompt,
+        max_images: int,
+        cfg: GenerationConfig,
+        stops: Sequence[str],
+        *,
+        previews: bool,
+    ) -> Generator[EnginePart, None, None]:
+        """Answers a request that has room in a slot (`stream`)."""
+        text, ids, length = "", self.cfg.tokens, len(prompt.tokens)
+        progress = _StreamProgress(self.tokenizer, ids, last=int(prompt.tokens[-1]))
         slot = yield from self._slot()
         try:
-            yield from self._text.join(slot, rows[0], cfg, cfg.seed, int(room[0]))
+            yield from self._text.join(slot, prompt, cfg, cfg.seed, max_images)
             while True:
                 tokens, images, done = self._text.output(slot)
                 ended = done or len(tokens) >= self._text.elements
@@ -284,7 +299,7 @@ class Engine:
         cfg: GenerationConfig,
         settings: MixedSettings,
         stops: Sequence[str],
-    ) -> Iterator[EnginePart]:
+    ) -> Generator[EnginePart, None, None]:
         """Answers a request that has no room in a slot. `length` is that of its prompt.
 
         Its generated tokens are counted in its text.

@@ -188,23 +188,28 @@ def make_app(
     ) -> tuple[ParsedRequest, Any, Ticket]:
         body = await bodies.read(request)
         ticket = worker.reserve(client_of(request.scope))  # before decoding anything
+
+        def prepare(body: bytes) -> tuple[ParsedRequest, Any, Iterable[Any]]:
+            parsed, options = parse(body)
+            try:
+                # Here and not in the worker's thread, where the batch would wait for it.
+                parts = answer(emu, parsed, ticket.over)
+            except UserError as error:
+                raise Refused(400, str(error)) from None
+            if sizes is not None:
+                parts = sizes.counted(parts, parsed.settings)
+            return parsed, options, _counted(parts, metrics)
+
         try:
             async with decoders:
-                parsed, options = await run_in_threadpool(parse, body)
+                parsed, options, parts = await run_in_threadpool(prepare, body)
         except BaseException:
             worker.release()
             raise
         del body
         search = parsed.settings.get("num_beams", 1) > 1
         kind = SEARCH_REQUEST if search else IMAGE_REQUEST if answer is draw else TEXT_REQUEST
-
-        def start() -> Iterator[Any]:
-            parts = answer(emu, parsed, ticket.over)
-            if sizes is not None:
-                parts = sizes.counted(parts, parsed.settings)
-            return _counted(parts, metrics)
-
-        worker.submit(ticket, start, kind)
+        worker.submit(ticket, lambda: parts, kind)
         return parsed, options, ticket
 
     def answering(

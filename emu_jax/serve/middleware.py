@@ -8,7 +8,6 @@ import hashlib
 import ipaddress
 import logging
 import re
-import secrets
 import time
 from collections.abc import Collection
 
@@ -17,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emu_jax.serve.metrics import ServerMetrics
-from emu_jax.serve.openai import error_json
+from emu_jax.serve.openai import error_json, random_hex
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class Observe:
             await self._app(scope, receive, send)
             return
         request_id = Headers(scope=scope).get("x-request-id", "")
-        name = request_id if REQUEST_ID.fullmatch(request_id) else f"req-{secrets.token_hex(8)}"
+        name = request_id if REQUEST_ID.fullmatch(request_id) else f"req-{random_hex(8)}"
         started, status = time.monotonic(), 500
 
         async def observed(message: Message) -> None:

@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import io
 import json
+import random
 import re
 import secrets
 import time
@@ -297,7 +298,16 @@ async def completion_pieces(
 
 def completion_id() -> str:
     """Returns an identifier of a chat completion."""
-    return f"chatcmpl-{secrets.token_hex(12)}"
+    return f"chatcmpl-{random_hex(12)}"
+
+
+def random_hex(size: int) -> str:
+    """Returns random bytes for an identifier, in hexadecimal digits. They can be guessed.
+
+    Those of the operating system cannot, but reading them releases the interpreter, and the thread
+    then waits until another one gives it back.
+    """
+    return random.randbytes(size).hex()
 
 
 def completion_json(text: str, usage: Usage, completion: Completion) -> dict[str, Any]:
