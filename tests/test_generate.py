@@ -1431,6 +1431,8 @@ def test_a_prompt_too_long_for_a_slot_is_answered_alone(drawer):
     assert "".join(texts) == "".join(drawer.stream(prompt, **more))
     assert usage.prompt_tokens == len(drawer.tokenizer.encode(*prompt)) > 16
     assert not engine._text.fits(usage.prompt_tokens, 8) and engine.active == (0, 0)
+    with pytest.raises(UserError, match="positions"):  # at once: another thread may prepare it
+        engine.stream(prompt, max_new_tokens=10**6)
 
 
 def test_images_take_no_more_positions_than_there_are(drawer, caplog):

@@ -429,6 +429,32 @@ def test_failures_are_told_without_their_insides(emu, caplog):
     assert "inside" in caplog.text
 
 
+def test_a_prompt_is_prepared_while_another_request_runs(emu):
+    """An invalid one is refused at once. The model's thread prepares none: its batch would wait."""
+    threads, answer = [], emu.stream
+
+    def stream(prompt, **settings):
+        threads.append(threading.current_thread().name)
+        if prompt == ["mistake"]:
+            raise UserError("too long: shorten it")
+        return answer(prompt, **settings)
+
+    async def run():
+        client = Client(make_app(emu, LIMITS))
+        running = asyncio.create_task(client("/api/chat", chat({"text": "a"})))
+        while not emu.started.is_set():
+            await asyncio.sleep(0.001)
+        refused = await client("/api/chat", chat({"text": "mistake"}))
+        emu.hold.set()
+        return refused, await running
+
+    emu.stream = stream
+    emu.hold.clear()
+    refused, answered = asyncio.run(run())
+    assert refused[0] == 400 and "shorten it" in refused[1] and answered[0] == 200
+    assert len(threads) == 2 and "emu-jax-serve" not in threads
+
+
 def test_too_many_wait_and_none_too_long(emu):
     emu.hold.clear()
 
