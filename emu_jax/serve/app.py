@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import socket
-import sys
 import time
 from collections.abc import (
     AsyncIterator,
@@ -122,9 +121,6 @@ STOP_SECONDS = 2  # more than `Limits.drain_seconds`, until the server ends
 # Of a step, for requests that are likely to arrive. Only where they are prepared on the processor
 # that computes the step: another one would be idle meanwhile.
 GATHER_SECONDS = 0.01
-# After so long a thread lets others run. The worker and the event loop release the interpreter for
-# microseconds, many times a request; at Python's 5 ms each then waits for the other to get it back.
-SWITCH_SECONDS = 0.0005
 PLACE_SECONDS = 0.5  # between two looks at a request's place in the queue
 _EXAMPLES = "examples.json"  # of a checkpoint: prompts for the page, a list for each tab
 _PAGE = Path(__file__).parent / "page"
@@ -507,8 +503,6 @@ def serve(
         sockets = listen(host, port)  # before loading, which takes minutes
         for opened in sockets:
             stack.callback(opened.close)
-        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(SWITCH_SECONDS)
         # Batch size 1 and a few fixed shapes: any mix of requests compiles only a few programs.
         # On a CPU, the time to read a prompt is proportional to its padded length.
         length = 8 if on_cpu() else 64
