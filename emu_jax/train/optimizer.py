@@ -177,7 +177,9 @@ def _scale_by_adam(
         state = adam.init(params)
         assert isinstance(state, optax.ScaleByAdamState)
         if quantized:
-            mu, nu = encoded(state.mu, state.nu, {})
+            # Zeros are encoded as zeros. XLA would encode them as it compiles, slowly.
+            shapes = jax.eval_shape(encoded, state.mu, state.nu, {})
+            mu, nu = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             state = state._replace(mu=mu, nu=nu)
         return state
 
