@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from emu_jax import bench, cli
-from emu_jax.config import digits
+from emu_jax.config import digits, emu_ladder
 from emu_jax.data import DataConfig
 from emu_jax.errors import UserError
 from emu_jax.storage import shipped
@@ -451,3 +452,71 @@ def test_the_pipeline_keeps_up_with_decoding():
     assert 75_000 < figures["image_bytes"] < 92_000
     assert figures["full_over_raw"]["median"] >= 0.85
     assert figures["fast_over_raw"]["median"] >= 2.0
+
+
+def test_low_precision_is_compared_seed_by_seed(monkeypatch, tmp_path):
+    """Each variant is recorded as soon as it is trained, and compared with float32 of its seed."""
+    low = bench.load_benchmark("low_precision")
+    monkeypatch.setattr(low, "VARIANTS", {n: low.VARIANTS[n] for n in (low.BASE, "int8 moments")})
+    last = iter([2.0, 2.02, 4.0, 3.96])
+    trained = []
+
+    def train(cfg, folder):
+        trained.append((cfg.optimizer.moments_dtype, cfg.seed, folder))
+        folder.mkdir(parents=True)
+        losses = {cfg.eval[0].every: 8.0, cfg.steps: next(last)}
+        rows = [
+            {"stage": cfg.name, "evaluation": "heldout", "step": step, "time": 0, "loss": loss}
+            for step, loss in losses.items()
+        ]
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(low, "train", train)
+    figures = []
+    for update in low.run(steps=6, seeds=2, points=2, workdir=str(tmp_path / "runs")):
+        figures.append(json.loads(json.dumps(update)))
+        low.table(figures[-1])
+    assert [t[:2] for t in trained] == [("float32", 0), ("int8", 0), ("float32", 1), ("int8", 1)]
+    assert len({folder for *_, folder in trained}) == 4
+    assert [sorted(f["variants"]) for f in figures[:2]] == [
+        ["float32"],
+        ["float32", "int8 moments"],
+    ]
+    assert figures[-1]["steps"] == [3, 6]
+    # In the third the second seed of the variant is missing.
+    expected = ("2.0200 | +1.00% | +1.00%", "2.0200 | +1.00% | +1.00%", "2.9900 | +0.00% | ")
+    for update, cells in zip(figures[1:], expected, strict=True):
+        (row,) = [line for line in low.table(update).splitlines() if "int8" in line]
+        assert row.startswith(f"| int8 moments | {cells}") and "| +0.5% | 2.54 |" in row
+    low.plot(figures[2], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="steps is 5 and points 2: make steps a multiple"):
+        next(low.run(steps=5, points=2))
+    with pytest.raises(UserError, match="no config 'emu_10m'; did you mean 'emu_100m'"):
+        next(low.run(config="emu_10m"))
+
+
+def test_low_precision_of_a_larger_model_keeps_its_layers():
+    low = bench.load_benchmark("low_precision")
+    changes = low.VARIANTS["int8 matmuls"]
+    cfg = low.settings("emu_100m", Path("data"), 500, 0, 10, **changes)
+    ladder = emu_ladder("0.1B")
+    assert cfg.model.llama == dataclasses.replace(ladder.llama, vocab_size=350)
+    assert cfg.model.cformer == ladder.cformer and cfg.model.vision.layers == ladder.vision.layers
+    parameters, size = low.sizes(cfg)
+    assert 69e6 < parameters < 71e6 and size == pytest.approx(8, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_low_precision_trains_only_what_is_missing(monkeypatch, tmp_path):
+    low = bench.load_benchmark("low_precision")
+    monkeypatch.setattr(low, "VARIANTS", {n: low.VARIANTS[n] for n in (low.BASE, "int8 moments")})
+    train, reports = low.train, []
+    monkeypatch.setattr(low, "train", lambda *args: reports.append(train(*args)))
+    settings = {"steps": 2, "seeds": 1, "points": 2, "workdir": str(tmp_path)}
+    next(low.run(**settings))  # is cut off after the first variant
+    *_, figures = low.run(**settings)
+    assert [report.seconds > 0 for report in reports] == [True, False, True]
+    base, variant = (values["heldout_losses"] for values in figures["variants"].values())
+    assert base != variant and np.shape(base) == np.shape(variant) == (1, 2)
+    assert np.abs(low.relative(figures, "int8 moments")).max() < 0.01
