@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -521,7 +522,12 @@ def test_many_records_are_counted_once_and_opened_when_they_are_read(tmp_path, m
     monkeypatch.setattr(
         documents_module, "_opened", lambda path: opened.append(Path(path).stem) or open_file(path)
     )
-    assert index_once() == report and len(tasks) == 1 and not opened
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", None)  # would take longer than looking up a file
+        assert index_once() == report and len(tasks) == 1 and not opened
+        assert storage.existing([f"{tmp_path}/{n}.array_record" for n in (2, 3)]) == {
+            f"{tmp_path}/2.array_record"
+        }
     documents = open_source(source)
     assert not opened and cast(Text, documents[4].parts[0]).text == "2 1" and opened == ["2"]
     words = [cast(Text, document.parts[0]).text for document in documents]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -204,9 +205,10 @@ class LengthParts:
         Raises:
             NotIndexed: some are missing.
         """
-        with ThreadPoolExecutor(THREADS) as pool:
-            there = pool.map(lambda name: has_arrays(self.folder, name), self.names())
-            if not all(there):
+        is_there = functools.partial(has_arrays, self.folder)
+        with ThreadPoolExecutor(THREADS) as pool:  # a local look-up takes less than a thread
+            look_up = pool.map if is_remote(self.folder) else map
+            if not all(look_up(is_there, self.names())):
                 raise NotIndexed(str(self.folder / self.name))
 
     def open(

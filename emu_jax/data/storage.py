@@ -192,8 +192,8 @@ def stats(paths: Sequence[str]) -> list[Stat]:
         Unreadable: one is not a regular file.
         UserError: all attempts failed.
     """
-    if len(paths) < _LISTED and not any(map(is_remote, paths)):
-        return [stat(path) for path in paths]  # starting threads would take longer
+    if not any(map(is_remote, paths)):
+        return [stat(path) for path in paths]  # threads would take ten times as long
     with ThreadPoolExecutor(THREADS) as pool:
         listings = _listings(paths, pool)
 
@@ -211,6 +211,8 @@ def existing(paths: Sequence[str]) -> set[str]:
     Raises:
         UserError: all attempts failed.
     """
+    if not any(map(is_remote, paths)):
+        return set(filter(exists, paths))
     with ThreadPoolExecutor(THREADS) as pool:
         listings = _listings(paths, pool)
 
