@@ -1,59 +1,43 @@
 """Indexing 100 million documents with one process and with several, and opening them for training.
 
-The documents are short image-text pairs in shards as `emu-jax data build` writes them, with token
-counts. One shard of 262,144 documents is written; the others are hard links to it. `emu-jax data
-index` counts the records of each shard and writes the outlines of all documents; it opens no
-document. Training is opened in a process of its own: the index is opened and the first batch
-planned. `again` is the time of `data index` when all is cached, as after an interruption at its
-end. Seconds are wall-clock times.
+The documents are pairs, or a mixture of pairs, pages and storyboards like the paper's, with lengths
+drawn from the distributions that `data simulate` knows. They are in shards as `emu-jax data build`
+writes them, with token counts. One shard of each kind is written; the others are hard links to it.
+`emu-jax data index` counts the records of each shard and writes the outlines of all documents; it
+opens no document. Training is opened in a process of its own: the index is opened and the first
+batch planned. `again` is the time of `data index` when all is cached, as after an interruption at
+its end. Seconds are wall-clock times, and medians over turns. The speed-up is the median of those
+within each turn.
 """
 
 import functools
 import json
 import os
+import pickle
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from emu_jax import bench
-from emu_jax.data import Batches, DataConfig, Document, Image, Text
+from emu_jax.data import Batches, DataConfig
 from emu_jax.data.build.indexing import index_sources
 from emu_jax.data.build.runners import on_processes
-from emu_jax.data.documents import write_documents
-from emu_jax.data.known_lengths import KnownLengths, lengths_path, save_lengths
-from emu_jax.data.lengths import part_lengths
-from emu_jax.data.sources import SourceConfig
+from emu_jax.data.simulate import load_distribution
 from emu_jax.host_memory import PeakMemory
 from emu_jax.tokenizer import Tokenizer
 
-SHARD_DOCUMENTS = 1 << 18
+simulation = bench.load_benchmark("simulation")
+
+CORPORA = {"pairs": {"laion": 1.0}, "mixture": simulation.MIXTURE}
+# Documents of a shard of each kind: about half a million texts and images together.
+SHARD_DOCUMENTS = {"laion": 1 << 18, "mmc4": 1 << 15, "storyboards": 1 << 12}
 ROW_TOKENS, ROW_IMAGES, ROWS, ROW_GROUP = 832, 16, 64, 8
-
-
-def run(documents: int = 100_000_000, processes: int = 2) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        shards = -(-documents // SHARD_DOCUMENTS)
-        write(Path(folder), shards)
-        taken = {count: index(config(folder, count), count) for count in sorted({1, processes})}
-        again = index(config(folder, processes), processes)
-        code = f"from emu_jax import bench; bench.load_benchmark('indexing').opening({folder!r})"
-        output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
-        total = shards * SHARD_DOCUMENTS
-        return {
-            "documents": total,
-            "index_s": {str(n): round(times.wall, 1) for n, times in taken.items()},
-            "processor_s": {str(n): round(times.processor, 1) for n, times in taken.items()},
-            "documents_a_second": {str(n): round(total / t.wall) for n, t in taken.items()},
-            "speed_up": round(taken[1].wall / taken[processes].wall, 2),
-            "again_s": round(again.wall, 2),
-            "again_processor_s": round(again.processor, 2),
-            **json.loads(output.stdout.splitlines()[-1]),
-        }
 
 
 class Times(NamedTuple):
@@ -67,36 +51,73 @@ class Times(NamedTuple):
     processor: float
 
 
-def write(folder: Path, shards: int) -> None:
-    """Writes the shards, their token counts, and a tokenizer."""
-    tokenizer = Tokenizer.train(["a pair"], 300)
+def run(
+    documents: int = 100_000_000, processes: int = 2, turns: int = 3, folder: str = ""
+) -> dict[str, dict]:
+    """Measures each corpus. Its files are written to a temporary folder in `folder`."""
+    return {
+        name: measure(weights, documents, processes, turns, folder)
+        for name, weights in CORPORA.items()
+    }
+
+
+def measure(
+    weights: Mapping[str, float], documents: int, processes: int, turns: int, folder: str
+) -> dict:
+    with tempfile.TemporaryDirectory(dir=folder or None) as holder:
+        cfg, total = write(Path(holder), weights, documents)
+        taken: dict[int, list[Times]] = {count: [] for count in sorted({1, processes})}
+        for turn in range(turns):
+            for count in sorted(taken, reverse=turn % 2 == 1):
+                shutil.rmtree(cfg.cache, ignore_errors=True)
+                taken[count].append(index(cfg, count))
+        again = index(cfg, processes)
+        code = f"from emu_jax import bench; bench.load_benchmark('indexing').opening({holder!r})"
+        output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
+        wall = {count: [times.wall for times in each] for count, each in taken.items()}
+        seconds = {str(count): statistics.median(each) for count, each in wall.items()}
+        processor = {
+            str(count): statistics.median(times.processor for times in each)
+            for count, each in taken.items()
+        }
+        return {
+            "documents": total,
+            "index_s": {count: round(each, 2) for count, each in seconds.items()},
+            "processor_s": {count: round(each, 2) for count, each in processor.items()},
+            "documents_a_second": {count: round(total / each) for count, each in seconds.items()},
+            "speed_up": bench.ratio(wall[1], wall[processes]),
+            "again_s": round(again.wall, 2),
+            "again_processor_s": round(again.processor, 2),
+            **json.loads(output.stdout.splitlines()[-1]),
+        }
+
+
+def write(folder: Path, weights: Mapping[str, float], documents: int) -> tuple[DataConfig, int]:
+    """Writes the documents, their token counts and a tokenizer; returns the config that reads them,
+    and how many there are."""
+    tokenizer = Tokenizer.train([f"{simulation.WORD} " * 9], 300)
     tokenizer.save(folder / "tokenizer")
-    kinds = [Document((Image(b""), Text("a pair " * (1 + n % 64)))) for n in range(64)]
-    first = folder / "0.array_record"
-    write_documents(first, (kinds[n % len(kinds)] for n in range(SHARD_DOCUMENTS)))
-    sizes = [part_lengths(document, tokenizer) for document in kinds]
-    known = KnownLengths(
-        np.full(SHARD_DOCUMENTS, 2), np.tile(np.ravel(sizes), SHARD_DOCUMENTS // len(kinds))
-    )
-    save_lengths(str(first), first.stat().st_size, tokenizer.fingerprint, known)
-    for n in range(1, shards):
-        shard = folder / f"{n}.array_record"
-        os.link(first, shard)
-        os.link(lengths_path(str(first)), lengths_path(str(shard)))
-
-
-def config(folder: str, processes: int) -> DataConfig:
-    """Returns the config of training, with the cache that some processes write."""
-    return DataConfig(
-        root=folder,
-        sources=(SourceConfig("pairs", "records", (folder,), paired=True),),
-        cache=f"{folder}/cache-{processes}",
+    sources, total = [], 0
+    for name, weight in weights.items():
+        each = SHARD_DOCUMENTS[name]
+        shards = max(1, round(documents * weight / sum(weights.values()) / each))
+        distribution = load_distribution(name)
+        sources.append(
+            simulation.write(folder, distribution, shards * each, weight, tokenizer, shards)
+        )
+        total += shards * each
+    cfg = DataConfig(
+        root=str(folder),
+        sources=tuple(sources),
+        cache=f"{folder}/cache",
         batch_size=ROWS,
         row_tokens=ROW_TOKENS,
         row_images=ROW_IMAGES,
         row_group=ROW_GROUP,
         prefetch=0,
     )
+    (folder / "config").write_bytes(pickle.dumps(cfg))
+    return cfg, total
 
 
 def index(cfg: DataConfig, processes: int) -> Times:
@@ -111,7 +132,7 @@ def index(cfg: DataConfig, processes: int) -> Times:
 
 def opening(folder: str) -> None:
     """Opens the documents for training, and prints its seconds and anonymous memory as JSON."""
-    cfg = config(folder, 1)
+    cfg = pickle.loads((Path(folder) / "config").read_bytes())
     tokenizer = cfg.load_tokenizer()
     began, began_processor = time.perf_counter(), time.process_time()
     with PeakMemory() as memory, Batches(cfg, tokenizer, "rows", plan_only=True) as batches:
@@ -132,24 +153,27 @@ def opening(folder: str) -> None:
 
 
 def table(figures: dict) -> str:
-    counts = list(figures["index_s"])
     return bench.markdown_table(
-        ("Processes", "Index (s)", "Processor time (s)", "Documents a second", "Speed-up"),
+        ("Documents", "Processes", "Index (s)", "Processor time (s)", "Documents a second")
+        + ("Speed-up",),
         [
             (
+                f"{name}: {each['documents']:,}",
                 count,
-                figures["index_s"][count],
-                figures["processor_s"][count],
-                figures["documents_a_second"][count],
-                figures["speed_up"] if count != "1" else "",
+                each["index_s"][count],
+                each["processor_s"][count],
+                each["documents_a_second"][count],
+                each["speed_up"] if count != "1" else "",
             )
-            for count in counts
+            for name, each in figures.items()
+            for count in each["index_s"]
         ],
-    ) + (
-        f"\n\n{figures['documents']:,} documents. Seconds (and processor time): index again "
-        f"{_both(figures, 'again')}, opening for training {_both(figures, 'open')}, to the first "
-        f"planned batch {_both(figures, 'first_batch_planned')}. Anonymous memory of opening: "
-        f"{figures.get('anonymous_mib')} MiB."
+    ) + "".join(
+        f"\n\nOf the {name}, in seconds (and processor time): index again {_both(each, 'again')}, "
+        f"opening for training {_both(each, 'open')}, to the first planned batch "
+        f"{_both(each, 'first_batch_planned')}. Anonymous memory of opening: "
+        f"{each.get('anonymous_mib')} MiB."
+        for name, each in figures.items()
     )
 
 

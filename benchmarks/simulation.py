@@ -110,28 +110,33 @@ def table(figures: dict) -> str:
 
 
 def write(
-    folder: Path, distribution: Distribution, count: int, weight: float, tokenizer: Tokenizer
+    folder: Path,
+    distribution: Distribution,
+    count: int,
+    weight: float,
+    tokenizer: Tokenizer,
+    shards: int = SHARDS,
 ) -> SourceConfig:
     """Writes the documents of a source and their token counts."""
     rng = np.random.default_rng(0)
-    each = -(-count // SHARDS)
+    each = -(-count // shards)
     drawn = rng.integers(len(distribution.outlines), size=each)
     kinds = [
         Document(tuple(Image(b"") if size < 0 else Text(f"{WORD} " * size) for size in outline))
         for outline in distribution.outlines
     ]
     assert [part_lengths(kind, tokenizer) for kind in kinds[:20]] == distribution.outlines[:20]
-    shards = [folder / distribution.name / f"{n}.array_record" for n in range(SHARDS)]
-    write_documents(shards[0], (kinds[n] for n in drawn.tolist()))
+    paths = [folder / distribution.name / f"{n}.array_record" for n in range(shards)]
+    write_documents(paths[0], (kinds[n] for n in drawn.tolist()))
     sizes = [np.array(distribution.outlines[n]) for n in drawn.tolist()]
     known = KnownLengths(np.array(list(map(len, sizes))), np.concatenate(sizes))
-    save_lengths(str(shards[0]), shards[0].stat().st_size, tokenizer.fingerprint, known)
-    for shard in shards[1:]:
-        os.link(shards[0], shard)
-        os.link(lengths_path(str(shards[0])), lengths_path(str(shard)))
+    save_lengths(str(paths[0]), paths[0].stat().st_size, tokenizer.fingerprint, known)
+    for path in paths[1:]:
+        os.link(paths[0], path)
+        os.link(lengths_path(str(paths[0])), lengths_path(str(path)))
     settings = {key: value for key, value in distribution.settings.items() if key != "format"}
-    name, paths = distribution.name, (f"{folder}/{distribution.name}",)
-    return SourceConfig(name, "records", paths, weight=weight, **settings)
+    name, folders = distribution.name, (f"{folder}/{distribution.name}",)
+    return SourceConfig(name, "records", folders, weight=weight, **settings)
 
 
 def plan(cfg: DataConfig, tokenizer: Tokenizer, steps: int) -> dict[str, float]:
