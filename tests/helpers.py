@@ -11,8 +11,11 @@ from emu_jax.train.telemetry.rows import read_rows
 
 @contextlib.contextmanager
 def kernels_of(name: str):
-    """Makes programs traced in this context use the kernels of `cpu` or `xla`."""
-    with mock.patch.object(backend, "on_cpu", lambda: name == "cpu"):
+    """Makes programs traced in this context use the kernels of `cpu`, `tpu` or `xla`."""
+    with (
+        mock.patch.object(backend, "on_cpu", lambda: name == "cpu"),
+        mock.patch.object(backend, "platform", lambda: name),
+    ):
         yield
 
 

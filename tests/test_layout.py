@@ -59,11 +59,12 @@ SHARED_NAMES = {
             "matmul",
             "order_exchanges",
             "rms_norm",
+            "rotate_pairs",
             "top_k",
             "upsampled_convolution",
             "wait_for",
         ],
-        "a kernel of each backend: models/cpu.py and models/xla.py",
+        "a kernel of each backend: models/cpu.py, models/tpu.py and models/xla.py",
     ),
 }
 HEAVY = ("torch", "tensorflow", "diffusers", "transformers")

@@ -1,7 +1,9 @@
-"""The kernels for CPUs compute what the plain ones do."""
+"""The kernels for CPUs and TPUs compute what the plain ones do."""
 
 import dataclasses
+import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +21,10 @@ from jax.sharding import PartitionSpec as P
 from emu_jax import config
 from emu_jax.generate import api, text
 from emu_jax.generate.settings import DynamicSettings, StaticSettings, TextConfig
-from emu_jax.models import backend, conv, cpu, layers, llama, xla
+from emu_jax.models import backend, conv, cpu, layers, llama, tpu, xla
 from emu_jax.models.attention import attention
 from emu_jax.models.emu import EmuModel
+from emu_jax.models.remat import REMAT
 from emu_jax.sharding import make_mesh
 from emu_jax.tokenizer import Tokenizer
 
@@ -50,13 +53,15 @@ def test_kernels_for_cpus_have_the_entry_points_of_the_plain_ones():
         assert backend.kernels() is xla
     with kernels_of("cpu"):
         assert backend.kernels() is cpu
+    assert public_functions(tpu) == {}  # but for those with a gradient of their own
+    assert tpu.gelu is xla.gelu
     mesh = jax.sharding.AbstractMesh(
         (1,),
         ("data",),
         abstract_device=jax.sharding.AbstractDevice("TPU v5p", None, platform="tpu"),
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        assert backend.kernels() is xla and not backend.on_cpu()
+        assert backend.kernels() is tpu and not backend.on_cpu()
 
 
 def random(seed: int, *shape: int) -> jax.Array:
@@ -119,6 +124,34 @@ def test_gelu():
         assert relative_error(a, b) < 1e-6
     half = layers.gelu(x.astype(jnp.bfloat16))
     assert relative_error(half, layers.gelu(x)) < 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 5e-3)])
+def test_rotation_by_a_product(dtype, limit):
+    x = random(0, 2, 3, 2, 8).astype(dtype)
+    positions = jnp.array([[0, 1, 70], [5, 1999, 2]])
+    results = []
+    for name in ("tpu", "xla"):
+        with kernels_of(name):
+            results.append(gradients(lambda x: llama.rotary(x, positions, 10000.0), x))
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, plain) < limit
+
+
+def test_rotation_saves_no_partners():
+    """Policy `dots` saves the output of the projection alone."""
+    kernel = random(1, 8, 16)
+
+    @functools.partial(jax.checkpoint, policy=REMAT["dots"])
+    def layer(x):
+        rotated = llama.rotary((x @ kernel).reshape(2, 3, 2, 8), jnp.ones((2, 3), int), 10000.0)
+        return jnp.sum(rotated**2)
+
+    with kernels_of("tpu"):
+        _, back = jax.vjp(layer, random(0, 2, 3, 8))
+    saved = [leaf.shape for leaf in jax.tree.leaves(back)]
+    assert sum(math.prod(shape) == 2 * 3 * 16 for shape in saved) == 1
 
 
 def test_exchanges_of_devices_have_an_order_on_cpus_alone():

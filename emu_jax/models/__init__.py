@@ -18,6 +18,7 @@ attention.py        the entry point of attention, and its backends
 short_attention.py  a Pallas kernel for short rows on TPUs
 backend.py          chooses the kernels below by platform
 cpu.py              kernels for XLA's CPU compiler
+tpu.py              kernels for XLA's TPU compiler
 xla.py              the plain kernels, and the reference for tests
 blockwise.py        attention in blocks of queries, for any device
 

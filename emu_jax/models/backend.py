@@ -1,7 +1,7 @@
 """Determines the platform that a program is traced for, and chooses its kernels.
 
-`cpu.py` has kernels for XLA's CPU compiler. `xla.py` has the plain kernels, for all other platforms
-and as the reference. `attention.py` adds its own kernels for TPUs and GPUs.
+`cpu.py` and `tpu.py` have kernels for XLA's compilers of these platforms. `xla.py` has the plain
+kernels, for all others and as the reference. `attention.py` adds its own kernels for TPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import ModuleType
 
 import jax
 
-from emu_jax.models import cpu, xla
+from emu_jax.models import cpu, tpu, xla
 
 
 def platform() -> str:
@@ -25,5 +25,7 @@ def on_cpu() -> bool:
 
 
 def kernels() -> ModuleType:
-    """Returns the module of kernels for the program being traced: `cpu` or `xla`."""
-    return cpu if on_cpu() else xla
+    """Returns the module of kernels for the program being traced: `cpu`, `tpu` or `xla`."""
+    if on_cpu():
+        return cpu
+    return tpu if platform() == "tpu" else xla

@@ -149,6 +149,9 @@ def gelu(x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
     return 0.5 * x * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
 
 
+rotate_pairs = xla.rotate_pairs
+
+
 # --- Attention -----------------------------------------------------------------------------------
 
 

@@ -75,8 +75,7 @@ def rotary(
         jax.lax.reduce_precision(wave, precision.nexp, precision.nmant)
         for wave in (jnp.cos(angle), jnp.sin(angle))
     )
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return kernels().rotate_pairs(x, cos, sin)
 
 
 def _linear(

@@ -1,7 +1,7 @@
 """The plain kernels: the reference that every other backend is tested against.
 
-They run on any device, and XLA compiles them well on accelerators. `cpu.py` has the same entry
-points. `backend.kernels` chooses between the two.
+They run on any device. `cpu.py` and `tpu.py` have the same entry points. `backend.kernels` chooses
+among them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emu_jax.config import LlamaConfig
 from emu_jax.models.kv_cache import KVCache
 from emu_jax.models.remat import CHECKPOINT_ATTENTION
 
-# --- Matmul, norms, convolutions, GELU ------------------------------------------------------------
+# --- Matmul, norms, convolutions, GELU, rotation --------------------------------------------------
 
 
 def matmul(
@@ -93,6 +93,16 @@ def upsampled_convolution(
 def gelu(x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
     """Returns the exact GELU of `x`."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def rotate_pairs(
+    x: Float[Array, "B T H K"],
+    cos: Float[Array, "B T 1 pairs"],
+    sin: Float[Array, "B T 1 pairs"],
+) -> Float[Array, "B T H K"]:
+    """Rotates entries i and i + K/2 of a head by an angle, in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 # --- Attention -----------------------------------------------------------------------------------
