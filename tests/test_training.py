@@ -433,7 +433,7 @@ def test_rates_at_every_step(decay):
 
 
 def test_weight_decay_spares_biases_norms_and_vectors():
-    """By name or by shape, whether layers are stacked or not."""
+    """By name or by shape, whether layers are stacked or not. And eps as in AdamW."""
     shapes = {
         "visual.cls_token": (8,),
         "visual.pos_embed": (5, 8),
@@ -452,7 +452,7 @@ def test_weight_decay_spares_biases_norms_and_vectors():
     }
     params = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
     group = GroupConfig(lr=0.5, decay="constant")
-    optimizer = make_optimizer(OptimizerConfig((group,), weight_decay=0.1), 9, params)
+    optimizer = make_optimizer(OptimizerConfig((group,), eps=0.5, weight_decay=0.1), 9, params)
     still = jax.tree.map(np.zeros_like, params)
 
     @jax.jit
@@ -473,6 +473,10 @@ def test_weight_decay_spares_biases_norms_and_vectors():
     }
     for path in decayed:
         np.testing.assert_allclose(updates[path], -0.5 * 0.1, rtol=1e-6)
+    # `eps` is added to the root of the second moment: 0.5 / (0.5 + 0.5).
+    updates = update(jax.tree.map(lambda x: np.full_like(x, 0.5), params), params)
+    for path in updates.keys() - decayed:
+        np.testing.assert_allclose(updates[path], -0.5 * 0.5, rtol=1e-6)
 
 
 # --- Objectives by hand --------------------------------------------------------------------------
