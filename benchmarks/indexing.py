@@ -51,9 +51,7 @@ class Times(NamedTuple):
     processor: float
 
 
-def run(
-    documents: int = 100_000_000, processes: int = 2, turns: int = 3, folder: str = ""
-) -> dict:
+def run(documents: int = 100_000_000, processes: int = 2, turns: int = 3, folder: str = "") -> dict:
     """Measures each corpus. Its files are written to a temporary folder in `folder`."""
     return {
         name: measure(weights, documents, processes, turns, folder)
