@@ -623,8 +623,7 @@ INNER = """
   %p0 = f32[32,8]{1,0} parameter(0)
   %p1 = f32[4,8]{1,0} parameter(1)
   %view = f32[32,8]{0,1} fusion(%p0), kind=kLoop, calls=%relaid
-  %put = f32[32,8]{0,1} dynamic-update-slice(%view, %p1)
-  ROOT %back = f32[32,8]{1,0} copy(%put)
+  ROOT %put = f32[32,8]{1,0} dynamic-update-slice(%view, %p1)
 }
 
 %add_relaid (p0: f32[32,8], p1: f32[32,8]) -> f32[32,8] {

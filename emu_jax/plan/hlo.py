@@ -452,7 +452,7 @@ class _InstructionCounter:
         for array, result in zip(fusion.arrays, results, strict=False):
             if not array.in_hbm:
                 continue
-            while self.is_view(result):
+            while result.op == "bitcast":
                 result = inner[result.operands[0]]
             if result.op == "dynamic-update-slice":
                 total += inner[result.operands[1]].arrays[0].bytes
